@@ -1,0 +1,1 @@
+from swarmmail.tasks import ns  # noqa: F401
