@@ -1,0 +1,35 @@
+#!/bin/sh
+# Written by swarmmail bootstrap. Keeps two things in force on this host, whatever reloads its firewall:
+#  - VXLAN (UDP @PORT@) comes and goes by the tunnel only. Docker's VXLAN socket listens on every link: without
+#    this rule a stranger's forged packet reaches a container, and is answered.
+#  - the tunnel's subnet leaves by the tunnel or not at all (a blackhole route below the tunnel's own).
+# guard apply | check | watch
+set -u
+PATH=$PATH:/usr/sbin:/sbin
+rules() {
+  cat <<EOF
+table inet swarmmail
+delete table inet swarmmail
+table inet swarmmail {
+  chain in  { type filter hook prerouting priority raw; policy accept; iifname != "@LINK@" udp dport @PORT@ counter drop; }
+  chain out { type filter hook output priority raw; policy accept; oifname != "@LINK@" udp dport @PORT@ counter drop; }
+}
+EOF
+}
+route_there() { [ -n "$(ip -4 route show type blackhole @SUBNET@ 2>/dev/null)" ]; }
+rules_there() {
+  now=$(nft -s list table inet swarmmail 2>/dev/null) || return 1
+  [ "$(printf '%s\n' "$now" | grep -c 'fname != "@LINK@" udp dport @PORT@ .*drop')" = 2 ]
+}
+check() { route_there && rules_there; }
+apply() {
+  route_there || ip -4 route replace blackhole @SUBNET@ metric 4294967295 || return 1
+  rules_there || rules | nft -f - || return 1
+}
+case "${1:-}" in
+  check) check ;;
+  apply) apply ;;
+  watch) apply
+         { ip -4 monitor route & nft monitor destroy & wait; } 2>/dev/null | while read -r _; do check || apply; done ;;
+  *) echo "usage: guard apply | check | watch" >&2; exit 64 ;;
+esac

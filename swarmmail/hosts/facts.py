@@ -1,0 +1,26 @@
+"""Gather a host's facts in one round trip."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from swarmmail.hosts.connection import Host
+from swarmmail.hosts.fleet import Fleet
+from swarmmail.model import facts
+from swarmmail.model.errors import HostError
+
+_SCRIPT = resources.files(__package__).joinpath("facts.sh").read_text()
+
+
+def gather(host: Host) -> facts.HostFacts:
+    """Raises HostError or Unreachable."""
+    result = host.run("sh -s", stdin=_SCRIPT, step="gather facts", timeout=60, check=False)
+    if "\n@@end" not in result.stdout:
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise HostError(f"the facts are incomplete ({last})", host=host.name, step="gather facts")
+    return facts.parse(host.name, result.stdout)
+
+
+def gather_all(fleet: Fleet) -> dict[str, facts.HostFacts]:
+    """All hosts at once; one error that names every host that could not be read."""
+    return fleet.each(gather)

@@ -1,0 +1,229 @@
+"""What was observed on a host, as plain data; and the reading of what ``hosts/facts.sh`` prints."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import shlex
+from dataclasses import dataclass, field
+from typing import Any
+
+IPv4Network = ipaddress.IPv4Network
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The marker of a volume: which store this is, and which copy of it is the live one (invariant 3)."""
+
+    volume: str
+    cluster: str
+    service: str
+    generation: int
+    node: str
+    state: str
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The WireGuard tunnel of a host, as configured and as running."""
+
+    config: str = ""
+    public_key: str = ""
+    peers: frozenset[str] = frozenset()
+    """Public keys of the running tunnel's peers."""
+    address: str = ""
+    """The address the running tunnel has; empty when it is down."""
+    guarded: bool = False
+    """The blackhole route and the rule against foreign VXLAN are in force."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Path to SHA-256 of the files that swarmmail puts on a host."""
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    name: str
+    os: str = ""
+    """ID of os-release(5): ``debian``, ``ubuntu``, ..."""
+    os_like: tuple[str, ...] = ()
+    os_name: str = ""
+    kernel: str = ""
+    machine: str = ""
+    hostname: str = ""
+    clock: float = 0.0
+    systemd: bool = False
+    programs: frozenset[str] = frozenset()
+    engine: str = ""
+    """Version of the running engine; empty when Docker does not answer."""
+    swarm: str = "inactive"
+    """LocalNodeState: inactive, pending, active, error, locked."""
+    swarm_error: str = ""
+    node: str = ""
+    node_address: str = ""
+    is_manager: bool = False
+    cluster: str = ""
+    """Id of the Swarm, known to managers only."""
+    managers: tuple[str, ...] = ()
+    """Addresses (without port) of the managers that this node was told of."""
+    live_restore: bool = False
+    addresses: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Link name to its IPv4 and IPv6 addresses."""
+    mtus: dict[str, int] = field(default_factory=dict)
+    routes: tuple[IPv4Network, ...] = ()
+    """Where the host sends packets itself: no pool of ours may overlap (default routes left out)."""
+    resolvers: tuple[str, ...] = ()
+    tun: bool = False
+    wireguard_kernel: bool = False
+    esp: bool = False
+    mesh: Mesh = Mesh()
+    units: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Unit to (active state, enabled state)."""
+    listening: frozenset[int] = frozenset()
+    """TCP ports that something listens on, other than on loopback only."""
+    markers: tuple[Marker, ...] = ()
+
+    def link_of(self, address: str) -> str | None:
+        """The link that carries an address; None when the address is not the host's own (NAT)."""
+        return next((link for link, own in self.addresses.items() if address in own), None)
+
+
+def parse(name: str, text: str) -> HostFacts:
+    """Read what ``facts.sh`` printed. A section that is missing or not readable counts as empty."""
+    sections = _sections(text)
+
+    def lines(section: str) -> list[str]:
+        return [line.strip() for line in sections.get(section, "").splitlines() if line.strip()]
+
+    def first(section: str) -> str:
+        return next(iter(lines(section)), "")
+
+    release = _shell_values(sections.get("os", ""))
+    info = _json(sections.get("docker", ""), {})
+    engine = info.get("ServerVersion") or "" if not info.get("ServerErrors") else ""
+    swarm = info.get("Swarm") or {} if engine else {}
+    links = [link for link in _json(sections.get("addresses", ""), []) if link]
+    tunnel = [link for link in _json(sections.get("mesh-link", ""), []) if link]
+    return HostFacts(
+        name=name,
+        os=release.get("ID", ""),
+        os_like=tuple(release.get("ID_LIKE", "").split()),
+        os_name=release.get("PRETTY_NAME", ""),
+        kernel=first("kernel"),
+        machine=first("machine"),
+        hostname=first("hostname"),
+        clock=float(first("clock") or 0),
+        systemd=first("systemd") == "yes",
+        programs=frozenset(lines("programs")),
+        engine=engine,
+        swarm=swarm.get("LocalNodeState") or "inactive",
+        swarm_error=swarm.get("Error") or "",
+        node=swarm.get("NodeID") or "",
+        node_address=swarm.get("NodeAddr") or "",
+        is_manager=bool(swarm.get("ControlAvailable")),
+        cluster=(swarm.get("Cluster") or {}).get("ID", ""),
+        managers=tuple(
+            manager.get("Addr", "").rsplit(":", 1)[0] for manager in swarm.get("RemoteManagers") or ()
+        ),
+        live_restore=bool(info.get("LiveRestoreEnabled")),
+        addresses={
+            link["ifname"]: tuple(a["local"] for a in link.get("addr_info", ()) if "local" in a)
+            for link in links
+        },
+        mtus={link["ifname"]: int(link.get("mtu", 1500)) for link in links},
+        routes=tuple(_routes(_json(sections.get("routes", ""), []))),
+        resolvers=tuple(parts[1] for line in lines("resolvers") if len(parts := line.split()) > 1),
+        tun=first("tun") == "yes",
+        wireguard_kernel=first("wireguard") == "yes",
+        esp=first("esp") == "yes",
+        mesh=Mesh(
+            config=sections.get("mesh-config", "").strip(),
+            public_key=first("mesh-key"),
+            peers=frozenset(line.split()[0] for line in lines("mesh-peers")),
+            address=next((a["local"] for link in tunnel for a in link.get("addr_info", ())), ""),
+            guarded=first("guard") == "yes",
+            files={path: digest for digest, path in (line.split(None, 1) for line in lines("files"))},
+        ),
+        units={
+            parts[0]: (parts[1], parts[2] if len(parts) > 2 else "")
+            for line in lines("units")
+            if len(parts := line.split()) > 1
+        },
+        listening=frozenset(_ports(lines("listening"))),
+        markers=tuple(_markers(sections.get("volumes", ""))),
+    )
+
+
+def parse_marker(volume: str, text: str) -> Marker:
+    """Read one marker; an unreadable generation counts as 0, which no service accepts."""
+    values = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    generation = values.get("generation", "")
+    return Marker(
+        volume=volume,
+        cluster=values.get("cluster", ""),
+        service=values.get("service", ""),
+        generation=int(generation) if generation.isdigit() else 0,
+        node=values.get("node", ""),
+        state=values.get("state", ""),
+    )
+
+
+def _sections(text: str) -> dict[str, str]:
+    found: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("@@"):
+            current = found.setdefault(line[2:].strip(), [])
+        else:
+            current.append(line)
+    return {name: "\n".join(body) for name, body in found.items()}
+
+
+def _json(text: str, default: Any) -> Any:
+    try:
+        return json.loads(text) if text.strip() else default
+    except ValueError:
+        return default
+
+
+def _shell_values(text: str) -> dict[str, str]:
+    values = {}
+    for line in text.splitlines():
+        name, sign, value = line.partition("=")
+        if sign:
+            try:
+                values[name.strip()] = " ".join(shlex.split(value))
+            except ValueError:
+                continue
+    return values
+
+
+def _routes(entries: list[dict[str, Any]]) -> list[IPv4Network]:
+    """Networks with an own route. Routes of Docker's own bridges count: they are in use on that host."""
+    networks = []
+    for entry in entries:
+        if entry.get("type", "unicast") not in ("unicast", "blackhole") or entry.get("dst") in (None, "default"):
+            continue
+        try:
+            networks.append(IPv4Network(entry["dst"], strict=False))
+        except ValueError:
+            continue
+    return networks
+
+
+def _ports(lines: list[str]) -> list[int]:
+    ports = []
+    for line in lines:
+        words = line.split()
+        if len(words) > 3 and not words[3].startswith(("127.", "[::1]")):
+            port = words[3].rsplit(":", 1)[-1]
+            if port.isdigit():
+                ports.append(int(port))
+    return ports
+
+
+def _markers(text: str) -> list[Marker]:
+    return [
+        parse_marker(head.removeprefix("volume="), body)
+        for block in text.split("\n\n")
+        if block.strip().startswith("volume=")
+        for head, _, body in [block.strip().partition("\n")]
+    ]

@@ -1,0 +1,96 @@
+"""The WireGuard mesh of the hosts, as text: who has which address, and each host's configuration.
+
+No private key is here: it is made on the host and stays there (``PostUp`` reads it from a file).
+Facts: wg(8), wg-quick(8).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+
+from swarmmail.model.errors import Refused
+from swarmmail.model.facts import HostFacts
+from swarmmail.model.inventory import Inventory
+from swarmmail.model.network import MESH, WIREGUARD_OVERHEAD
+
+KEY_FILE = f"/etc/wireguard/{MESH}.key"
+CONFIG_FILE = f"/etc/wireguard/{MESH}.conf"
+KEEPALIVE = 25
+"""Seconds; wg(8): keeps a mapping of NAT or of a stateful firewall open."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Subnet, port and MTU of the tunnel, and each host's address in it."""
+
+    subnet: IPv4Network
+    port: int
+    mtu: int
+    addresses: Mapping[str, IPv4Address]
+
+
+def interface_of(config: str) -> IPv4Interface | None:
+    """The address that a configuration gives its host; None when it holds none that can be read."""
+    found = re.search(r"^Address *= *(\S+)", config, re.MULTILINE)
+    try:
+        return IPv4Interface(found[1]) if found else None
+    except ValueError:
+        return None
+
+
+def design(
+    inventory: Inventory, hosts: Mapping[str, HostFacts], free: IPv4Network, underlay_mtu: int
+) -> Mesh:
+    """Keep every address that a host has; give new hosts the lowest ones that are free.
+
+    Raises:
+        Refused: two hosts have different subnets, or the subnet is too small.
+    """
+    have = {n: i for n, facts in hosts.items() if (i := interface_of(facts.mesh.config)) is not None}
+    wanted = inventory.network.tunnel_subnet
+    subnet = free if wanted == "auto" else IPv4Network(wanted)
+    if have:
+        subnet = next(iter(have.values())).network if wanted == "auto" else subnet
+        for name, interface in have.items():
+            if interface.network != subnet:
+                raise Refused(
+                    f"its tunnel is in {interface.network}, the others' in {subnet}",
+                    host=name,
+                    step="mesh",
+                    hint="set network.tunnel_subnet to what is there, or leave the swarm on that host first",
+                )
+    addresses = {name: interface.ip for name, interface in have.items()}
+    rest = (address for address in subnet.hosts() if address not in set(addresses.values()))
+    for name in inventory.hosts:
+        if name not in addresses:
+            address = next(rest, None)
+            if address is None:
+                raise Refused(f"subnet {subnet} has no address left", host=name, step="mesh")
+            addresses[name] = address
+    return Mesh(subnet, inventory.network.tunnel_port, underlay_mtu - WIREGUARD_OVERHEAD, addresses)
+
+
+def render(inventory: Inventory, mesh: Mesh, name: str, keys: Mapping[str, str]) -> str:
+    """The configuration of one host for ``wg-quick``. ``keys``: public key of every host, by name."""
+    me = inventory.hosts[name]
+    lines = [
+        "# Written by swarmmail bootstrap. The private key is in its own file.",
+        "[Interface]",
+        f"Address = {mesh.addresses[name]}/{mesh.subnet.prefixlen}",
+        f"ListenPort = {mesh.port}",
+        f"MTU = {mesh.mtu}",
+        f"PostUp = wg set %i private-key {KEY_FILE}",
+    ]
+    for peer, spec in inventory.hosts.items():
+        if peer == name:
+            continue
+        lines += ["", f"# {peer}", "[Peer]", f"PublicKey = {keys[peer]}", f"AllowedIPs = {mesh.addresses[peer]}/32"]
+        if not spec.nat:
+            host = f"[{spec.advertise}]" if ":" in spec.advertise else spec.advertise
+            lines.append(f"Endpoint = {host}:{mesh.port}")
+        if me.nat or spec.nat:
+            lines.append(f"PersistentKeepalive = {KEEPALIVE}")
+    return "\n".join(lines)
