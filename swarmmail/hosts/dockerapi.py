@@ -67,7 +67,7 @@ class _Client(docker.APIClient):  # type: ignore[misc]
     """An ``APIClient`` whose requests go by ``host``; the API version is negotiated with the engine."""
 
     def __init__(self, host: Host) -> None:
-        super().__init__(base_url="http://localhost", version="1.41", timeout=TIMEOUT)
+        super().__init__(base_url="tcp://localhost:2375", version="1.41", timeout=TIMEOUT)
         self._custom_adapter = _Adapter(host)
         self.mount("http+docker://ssh", self._custom_adapter)
         self.base_url = "http+docker://ssh"

@@ -16,22 +16,35 @@ PARALLEL = 16
 """Hosts at once: paramiko's cryptography is done by this machine, more threads would only wait for it."""
 
 
+def _jump_host(spec: inventory.Host, jump: inventory.Jump) -> inventory.Host:
+    """A jump host outside of the inventory: reached with the same key, its host key checked just the same."""
+    place = {
+        "name": jump.address,
+        "address": jump.address,
+        "user": jump.user,
+        "port": jump.port,
+        "jump": None,
+    }
+    return spec.model_copy(update=place)
+
+
 class Fleet:
     """The hosts by name, in the inventory's order. A context manager: leaves no connection open."""
 
     def __init__(self, hosts: inventory.Inventory, sudo_password: str | None = None) -> None:
         self.inventory = hosts
         self._hosts: dict[str, Host] = {}
-        gateways: dict[object, Host] = {}
+        gateways: dict[str, Host] = {}
 
         def make(spec: inventory.Host) -> Host:
-            gateway = None
-            if spec.jump is not None:
-                if spec.jump.name is not None:
-                    gateway = self._hosts.get(spec.jump.name) or make(hosts.hosts[spec.jump.name])
-                else:
-                    gateway = gateways.setdefault(spec.jump, Host(hosts.jump_host(spec)))
-            return self._hosts.setdefault(spec.name, Host(spec, gateway, sudo_password))
+            if spec.name not in self._hosts:
+                gateway = None
+                if spec.jump is not None and spec.jump.member is not None:
+                    gateway = make(hosts.hosts[spec.jump.member])
+                elif spec.jump is not None:
+                    gateway = gateways.setdefault(str(spec.jump), Host(_jump_host(spec, spec.jump)))
+                self._hosts[spec.name] = Host(spec, gateway, sudo_password)
+            return self._hosts[spec.name]
 
         for spec in hosts.hosts.values():
             make(spec)

@@ -1,0 +1,127 @@
+"""Several real hosts on one machine, for trying and testing: ``up``, ``status``, ``down``.
+
+Every other part of swarmmail treats them like hosts anywhere: by the inventory and over SSH.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarmmail.lab import files
+from swarmmail.lab.containers import ContainerDriver
+from swarmmail.lab.driver import Machine
+from swarmmail.lab.naming import MAX_BARE, MAX_HOSTS, Naming, addresses, planned
+from swarmmail.model.errors import InputError, Locked
+
+__all__ = ["Lab", "Machine", "down", "status", "up"]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A lab as it is. ``changed``: what the call that returned it did, a line each."""
+
+    root: Path
+    subnet: str | None  # None: there is no lab
+    machines: tuple[Machine, ...]
+    changed: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        return files.folder(self.root)
+
+    @property
+    def inventory(self) -> Path:
+        return files.inventory_path(self.root)
+
+    @property
+    def key(self) -> Path:
+        return self.folder / "id_ed25519"
+
+    @property
+    def known_hosts(self) -> Path:
+        return self.folder / "known_hosts"
+
+    @property
+    def bridge(self) -> str:
+        """The device of this machine that every packet between the hosts crosses: where to capture."""
+        return Naming.of(self.root).bridge
+
+    def container(self, host: str) -> str:
+        """Name of the host's container: for pulling its plug (``docker stop``, ``kill``, ``restart``)."""
+        return Naming.of(self.root).container(host)
+
+    def address(self, host: str) -> str:
+        return next(machine.address for machine in self.machines if machine.name == host)
+
+
+def up(root: Path, hosts: int = 3, bare: int = 0) -> Lab:
+    """Make or complete the lab of the folder ``root``: ``host1``.. with Docker, ``bare1``.. without.
+
+    Hosts that are there stay as they are, also when more are there than asked for. Returns when SSH (and
+    Docker) answers on all of them. Killed anywhere, it completes when run again.
+    """
+    problems = []
+    if not 1 <= hosts <= MAX_HOSTS:
+        problems.append(f"hosts: {hosts}, allowed are 1 to {MAX_HOSTS}")
+    if not 0 <= bare <= MAX_BARE:
+        problems.append(f"bare: {bare}, allowed are 0 to {MAX_BARE}")
+    if problems:
+        raise InputError(problems)
+    root = root.resolve()
+    with _alone(root):
+        driver = ContainerDriver(Naming.of(root))
+        subnet, fresh = driver.network()
+        access = files.access(root)
+        files.certificates(root, addresses(subnet), renew=fresh)
+        # Those that are there beyond what is asked for belong to the lab as well: they stay, and are started.
+        there = {machine.name for machine in driver.machines()}
+        wanted = [host for host in planned(MAX_HOSTS, MAX_BARE) if host in planned(hosts, bare) or host.name in there]
+        changed = driver.ensure(wanted, access)
+        machines = driver.machines()
+        keys = driver.host_keys([machine.name for machine in machines])
+        lab = Lab(root, str(subnet), tuple(machines), tuple(changed))
+        lab.inventory.parent.mkdir(exist_ok=True)
+        files.write(lab.known_hosts, files.known_hosts(machines, keys))
+        if files.write(lab.inventory, files.inventory(machines), mode=0o644):
+            lab = Lab(root, lab.subnet, lab.machines, (*lab.changed, "inventories/lab.yml"))
+        return lab
+
+
+def status(root: Path) -> Lab:
+    """The lab of the folder ``root`` as it is, with the memory of each host. Changes nothing."""
+    root = root.resolve()
+    driver = ContainerDriver(Naming.of(root))
+    subnet = driver.find_network()
+    return Lab(root, str(subnet) if subnet else None, tuple(driver.machines(memory=True)))
+
+
+def down(root: Path, images: bool = False) -> list[str]:
+    """Remove the lab of the folder ``root`` without a trace: what was removed, a line each.
+
+    The images stay, so that the next ``up`` takes seconds; ``images=True`` removes them too.
+    """
+    root = root.resolve()
+    with _alone(root):
+        return ContainerDriver(Naming.of(root)).remove(images) + files.remove(root)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Keep a second ``up`` or ``down`` of the same folder out.
+
+    The lock is on the folder itself: it leaves no file, and ends with the process (flock(2)).
+    """
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Locked("another lab.up or lab.down is at work in this folder", step="lab") from error
+        yield
+    finally:
+        os.close(handle)

@@ -79,7 +79,9 @@ def design(inventory: Inventory, observed: Observed, files: Mapping[str, str]) -
     overlay = observed.swarm.networks.get(inventory.network.name) if observed.swarm else None
     encryption, why = net.choose_encryption(inventory, hosts, overlay.encrypted if overlay else None)
     mtu = net.underlay_mtu(hosts, inventory)
-    block = net.free_block(net.taken(hosts.values(), inventory))
+    own = [i.network for f in hosts.values() if (i := mesh_model.interface_of(f.mesh.config)) is not None]
+    used = [n for n in net.taken(hosts.values(), inventory) if not any(n.subnet_of(network) for network in own)]
+    block = net.free_block(used)
     _wanted_subnets_free(inventory, observed, overlay is not None)
     mesh = mesh_model.design(inventory, hosts, block.tunnel, mtu) if encryption == "wireguard" else None
     return Design(inventory, observed, encryption, why, block, mtu, mesh, files if mesh else {})
@@ -135,14 +137,20 @@ def plan(design: Design) -> Plan:
         membership = _membership(name, facts, design)
         if membership == "lost":
             steps.append(
-                Step(Action.LEAVE, name, f"leave the half-done membership ({facts.swarm_error or facts.swarm})")
+                Step(
+                    Action.LEAVE, name, f"leave the half-done membership ({facts.swarm_error or facts.swarm})"
+                )
             )
         if membership != "member":
             rejoin.add(name)
             if name == lead and swarm is None:
-                steps.append(Step(Action.INIT, name, f"make the Swarm, advertise {design.swarm_address(name)}"))
+                steps.append(
+                    Step(Action.INIT, name, f"make the Swarm, advertise {design.swarm_address(name)}")
+                )
             else:
-                steps.append(Step(Action.JOIN, name, f"join the Swarm, advertise {design.swarm_address(name)}"))
+                steps.append(
+                    Step(Action.JOIN, name, f"join the Swarm, advertise {design.swarm_address(name)}")
+                )
     steps += _roles(design, chosen, lead)
     steps += _ghosts_and_labels(design, rejoin)
     steps += _network(design)
@@ -284,10 +292,14 @@ def _ghosts_and_labels(design: Design, rejoin: set[str]) -> list[Step]:
     if swarm is not None:
         for node in swarm.nodes.values():
             known = node.host or node.hostname
-            if known in design.observed.hosts and node.id != design.observed.hosts[known].node or (
-                known in rejoin and node.state != "ready"
+            if (
+                known in design.observed.hosts
+                and node.id != design.observed.hosts[known].node
+                or (known in rejoin and node.state != "ready")
             ):
-                steps.append(Step(Action.FORGET, known, f"remove its old node {node.id} from the list", node.id))
+                steps.append(
+                    Step(Action.FORGET, known, f"remove its old node {node.id} from the list", node.id)
+                )
     return steps
 
 

@@ -200,7 +200,10 @@ def _routes(entries: list[dict[str, Any]]) -> list[IPv4Network]:
     """Networks with an own route. Routes of Docker's own bridges count: they are in use on that host."""
     networks = []
     for entry in entries:
-        if entry.get("type", "unicast") not in ("unicast", "blackhole") or entry.get("dst") in (None, "default"):
+        if entry.get("type", "unicast") not in ("unicast", "blackhole") or entry.get("dst") in (
+            None,
+            "default",
+        ):
             continue
         try:
             networks.append(IPv4Network(entry["dst"], strict=False))

@@ -87,7 +87,13 @@ def render(inventory: Inventory, mesh: Mesh, name: str, keys: Mapping[str, str])
     for peer, spec in inventory.hosts.items():
         if peer == name:
             continue
-        lines += ["", f"# {peer}", "[Peer]", f"PublicKey = {keys[peer]}", f"AllowedIPs = {mesh.addresses[peer]}/32"]
+        lines += [
+            "",
+            f"# {peer}",
+            "[Peer]",
+            f"PublicKey = {keys[peer]}",
+            f"AllowedIPs = {mesh.addresses[peer]}/32",
+        ]
         if not spec.nat:
             host = f"[{spec.advertise}]" if ":" in spec.advertise else spec.advertise
             lines.append(f"Endpoint = {host}:{mesh.port}")

@@ -1,0 +1,239 @@
+"""Bootstrap: observe, plan, show, apply, observe again. What to do is decided in ``model/bootstrap.py``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from swarmmail import report
+from swarmmail.cluster import install, lock, mesh, overlay, swarm
+from swarmmail.hosts.facts import gather_all
+from swarmmail.hosts.fleet import Fleet
+from swarmmail.model import bootstrap as model
+from swarmmail.model import network
+from swarmmail.model.bootstrap import Design, Observed
+from swarmmail.model.errors import HostError, Refused, SwarmmailError
+from swarmmail.model.facts import HostFacts
+from swarmmail.model.inventory import Inventory
+from swarmmail.model.plan import Action, Plan, Step
+
+SETTLE = 30  # seconds that nodes may take to become Ready after the last step
+
+
+def observe(fleet: Fleet) -> Observed:
+    """Facts of all hosts, and the Swarm as its first reachable manager sees it."""
+    facts = gather_all(fleet)
+    return Observed(facts, _swarm(fleet, facts))
+
+
+def _swarm(fleet: Fleet, facts: dict[str, HostFacts]) -> swarm.Swarm | None:
+    candidates = [n for n in fleet.inventory.hosts if facts[n].swarm == "active" and facts[n].is_manager]
+    failure: SwarmmailError | None = None
+    for name in candidates:
+        try:
+            return swarm.view(fleet[name])
+        except HostError as error:
+            failure = error
+    if failure is not None:
+        raise Refused(
+            f"no manager answers for the Swarm ({failure.what})",
+            host=failure.host,
+            step="read the Swarm",
+            hint="without a majority of managers nothing can be changed: bring the missing ones back",
+        )
+    return None
+
+
+def decide(inventory: Inventory, observed: Observed) -> tuple[Design, Plan]:
+    """The design and the plan. Raises Refused."""
+    design = model.design(inventory, observed, {})
+    if design.mesh is not None:
+        design = model.design(inventory, observed, mesh.digests(design.mesh))
+    return design, model.plan(design)
+
+
+def show(plan: Plan) -> None:
+    for note in plan.notes:
+        report.warning(note) if "CLEAR TEXT" in note else report.progress(note)
+    if plan.steps:
+        report.table("plan", ["", "host", "step"], [("+", s.host, s.text) for s in plan.steps])
+
+
+def run(fleet: Fleet) -> bool:
+    """Bring the hosts to the wanted state; False when there was nothing to do.
+
+    Raises:
+        SwarmmailError: any step failed, or the end state is not what the inventory wants.
+    """
+    inventory = fleet.inventory
+    design, plan = decide(inventory, observe(fleet))
+    if plan.is_done:
+        return False
+    with _locked(fleet, design):
+        show(plan)
+        design = apply(fleet, design, plan)
+        _check(fleet)
+    return True
+
+
+@contextlib.contextmanager
+def _locked(fleet: Fleet, design: Design) -> Iterator[None]:
+    """The folder on the lead keeps two first runs apart; the Swarm's lock keeps other tasks away."""
+    there = design.observed.swarm
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock.held(fleet[fleet.inventory.lead.name], "bootstrap", swarm=False))
+        if there is not None:
+            stack.enter_context(lock.held(fleet[there.manager], "bootstrap", swarm=True))
+        yield
+
+
+def apply(fleet: Fleet, design: Design, plan: Plan) -> Design:
+    """Do the steps, phase by phase; within a phase all hosts at once, but roles one after the other."""
+    for action, steps in plan.phases():
+        report.progress(f"{action}: {', '.join(dict.fromkeys(step.host for step in steps))}")
+        _PHASES[action](fleet, design, steps)
+    return design
+
+
+def _manager(fleet: Fleet, design: Design) -> str:
+    there = design.observed.swarm
+    return there.manager if there is not None else model.managers(fleet.inventory)[0]
+
+
+def _install(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+    wanted = {step.host: step.argument for step in steps}
+    fleet.each(lambda host: install.install(host, wanted[host.name]), wanted)
+
+
+def _start(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+    fleet.each(install.start_docker, [step.host for step in steps])
+
+
+def _mesh(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+    mesh.build(fleet, design, [step.host for step in steps])
+
+
+def _leave(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+    fleet.each(swarm.leave, [step.host for step in steps])
+
+
+def _listen(design: Design, host: str) -> str:
+    """Listen on the address that is advertised; on all when that is not the host's own (one-to-one NAT)."""
+    address = design.swarm_address(host)
+    if design.mesh is not None or design.observed.hosts[host].link_of(address):
+        return address
+    return "0.0.0.0"  # noqa: S104
+
+
+def _init(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+    for step in steps:
+        address = design.swarm_address(step.host)
+        swarm.init(
+            fleet[step.host],
+            fleet.inventory.cluster,
+            address,
+            _listen(design, step.host),
+            str(design.block.pool),
+        )
+
+
+def _join(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+    manager = _manager(fleet, design)
+    token = swarm.worker_token(fleet[manager])
+    there = design.swarm_address(manager)
+    fleet.each(
+        lambda host: swarm.join(
+            host, token, design.swarm_address(host.name), _listen(design, host.name), there
+        ),
+        [step.host for step in steps],
+    )
+
+
+def _node_ids(fleet: Fleet, names: list[str]) -> dict[str, str]:
+    """Node ids as the hosts themselves know them: a host name may occur twice in the Swarm's list (F30)."""
+
+    def ask(host: object) -> str:
+        from swarmmail.hosts.connection import Host
+
+        assert isinstance(host, Host)
+        with host.doing("read the node id"):
+            return str(host.docker.info()["Swarm"]["NodeID"])
+
+    return fleet.each(ask, names)
+
+
+def _promote(fleet: Fleet, design: Design, steps: tuple[Step, ...], role: str = "manager") -> None:
+    manager = fleet[_manager(fleet, design)]
+    for host, node in _node_ids(fleet, [step.host for step in steps]).items():
+        report.progress(f"{role}", host)
+        swarm.set_role(manager, node, role)
+
+
+def _demote(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+    _promote(fleet, design, steps, role="worker")
+
+
+def _forget(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+    """Remove old nodes of hosts that joined anew. The new node takes over what the old one's labels say of
+    data on that host, and the markers there, which name the old node, are told the new id."""
+    manager = fleet[_manager(fleet, design)]
+    assert design.observed.swarm is not None
+    ids = _node_ids(fleet, list(dict.fromkeys(step.host for step in steps)))
+    for step in steps:
+        old, new = design.observed.swarm.nodes[step.argument], ids[step.host]
+        for service in sorted(old.places):
+            swarm.set_label(manager, new, f"swarmmail.{service}", "true")
+        _rehome(fleet, design, step.host, old.id, new)
+        swarm.forget(manager, old.id)
+
+
+def _rehome(fleet: Fleet, design: Design, host: str, old: str, new: str) -> None:
+    if not any(marker.node == old for marker in design.observed.hosts[host].markers):
+        return
+    with fleet[host].doing("read Docker's folder"):
+        root = fleet[host].docker.info()["DockerRootDir"]
+    fleet[host].run(
+        f"sed -i 's/^node={old}$/node={new}/' {root}/volumes/*/_data/.swarmmail-volume",
+        step="tell the volumes their node's new id",
+    )
+
+
+def _label(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+    manager = fleet[_manager(fleet, design)]
+    for host, node in _node_ids(fleet, [step.host for step in steps]).items():
+        swarm.label_host(manager, node, host)
+
+
+def _network(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+    overlay.create(fleet[_manager(fleet, design)], design)
+
+
+_PHASES = {
+    Action.INSTALL: _install,
+    Action.START: _start,
+    Action.MESH: _mesh,
+    Action.LEAVE: _leave,
+    Action.INIT: _init,
+    Action.JOIN: _join,
+    Action.PROMOTE: _promote,
+    Action.DEMOTE: _demote,
+    Action.FORGET: _forget,
+    Action.LABEL: _label,
+    Action.NETWORK: _network,
+}
+
+
+def _check(fleet: Fleet) -> None:
+    """Observe again: only an empty plan is success (invariant 8)."""
+    plan = swarm.wait_until(
+        lambda: decide(fleet.inventory, observe(fleet))[1], lambda plan: plan.is_done, SETTLE, str
+    )
+    if not plan.is_done:
+        left = [f"{step.host}: {step.text}" for step in plan.steps] + list(plan.waits)
+        raise SwarmmailError(
+            f"not all is as wanted after bootstrap: {'; '.join(left)}",
+            hint="run it again; it goes on from here",
+        )
+
+
+__all__ = ["decide", "network", "observe", "run", "show"]

@@ -1,0 +1,135 @@
+"""The WireGuard mesh on the hosts: keys, configuration, guard, units. See ``model/mesh.py`` for the text.
+
+Order on a host: the guard first (nothing leaves in clear, nothing foreign comes in), then the tunnel, and
+Docker after both, at every boot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Mapping
+from importlib import resources
+
+from swarmmail.hosts.connection import Host
+from swarmmail.hosts.fleet import Fleet
+from swarmmail.model.bootstrap import Design
+from swarmmail.model.errors import HostError
+from swarmmail.model.mesh import CONFIG_FILE, KEY_FILE, Mesh
+from swarmmail.model.network import DATA_PORT, MESH
+
+GUARD = "/etc/swarmmail/guard"
+
+_GUARD_UNIT = f"""\
+# Written by swarmmail bootstrap.
+[Unit]
+Description=VXLAN by the tunnel only (swarmmail)
+DefaultDependencies=no
+After=local-fs.target systemd-modules-load.service
+Before=network-pre.target docker.service wg-quick@{MESH}.service
+Wants=network-pre.target
+
+[Service]
+ExecStartPre={GUARD} apply
+ExecStart={GUARD} watch
+Restart=always
+RestartSec=1
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+_DOCKER_DROP_IN = f"""\
+# Written by swarmmail bootstrap. Docker's VXLAN socket must not open before the guard stands: if the guard
+# cannot be set, Docker does not start.
+[Unit]
+After=swarmmail-guard.service wg-quick@{MESH}.service
+Wants=swarmmail-guard.service wg-quick@{MESH}.service
+
+[Service]
+ExecStartPre={GUARD} apply
+"""
+
+_MAKE_KEY = f"""
+set -e; umask 077; mkdir -p /etc/wireguard
+[ -s {KEY_FILE} ] || {{ wg genkey >{KEY_FILE}.new; mv {KEY_FILE}.new {KEY_FILE}; }}
+wg pubkey <{KEY_FILE}
+"""
+
+# A running tunnel is changed in place (wg syncconf, wg(8)): sessions of peers that stay are not cut. syncconf
+# without a PrivateKey would take the key away, so it is put back in, by files and pipes only.
+_ACTIVATE = f"""
+set -e; umask 077
+tar -xf - -C / --no-same-owner
+if [ -z "$(systemctl show -p FragmentPath --value swarmmail-guard.service)" ] || \
+   [ "$(systemctl show -p NeedDaemonReload --value docker.service)$(systemctl show -p NeedDaemonReload --value swarmmail-guard.service)" != nono ]; then systemctl daemon-reload; fi
+{GUARD} apply
+systemctl -q enable swarmmail-guard.service wg-quick@{MESH}.service 2>/dev/null
+systemctl restart swarmmail-guard.service
+if wg show {MESH} >/dev/null 2>&1 && systemctl -q is-active wg-quick@{MESH}.service &&
+   ip -4 -o addr show dev {MESH} | grep -q " $1/"; then
+  {{ echo '[Interface]'; printf 'PrivateKey = '; cat {KEY_FILE}; wg-quick strip {MESH} | grep -v '^.Interface.'; }} >/run/{MESH}.sync
+  wg syncconf {MESH} /run/{MESH}.sync; rm -f /run/{MESH}.sync
+  ip link set dev {MESH} mtu "$2"
+else
+  systemctl stop wg-quick@{MESH}.service 2>/dev/null || true
+  ip link del {MESH} 2>/dev/null || true
+  systemctl reset-failed wg-quick@{MESH}.service 2>/dev/null || true
+  systemctl start wg-quick@{MESH}.service || {{ journalctl -n 3 -o cat -u wg-quick@{MESH}.service >&2; exit 1; }}
+fi
+"""
+
+
+def files(mesh: Mesh) -> dict[str, str]:
+    """What a host must hold besides its own configuration: path to content."""
+    guard = resources.files(__package__).joinpath("guard.sh").read_text()
+    for name, value in (("@PORT@", DATA_PORT), ("@LINK@", MESH), ("@SUBNET@", mesh.subnet)):
+        guard = guard.replace(name, str(value))
+    return {
+        GUARD: guard,
+        "/etc/systemd/system/swarmmail-guard.service": _GUARD_UNIT,
+        "/etc/systemd/system/docker.service.d/swarmmail.conf": _DOCKER_DROP_IN,
+    }
+
+
+def digests(mesh: Mesh) -> dict[str, str]:
+    return {path: hashlib.sha256(text.encode()).hexdigest() for path, text in files(mesh).items()}
+
+
+def make_key(host: Host) -> str:
+    """Make the host's private key, unless it has one; it never leaves the host. The public key."""
+    key = host.run(_MAKE_KEY, step="make the tunnel's key").stdout.strip()
+    if len(key) != 44:  # 32 bytes in base64
+        raise HostError("wg printed no public key", host=host.name, step="make the tunnel's key")
+    return key
+
+
+def activate(host: Host, mesh: Mesh, config: str) -> None:
+    """Put the files in place, then guard and tunnel in force. Run again, it changes nothing that is right."""
+    content = {CONFIG_FILE: config + "\n", **files(mesh)}
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for path, text in content.items():
+            data = text.encode()
+            info = tarfile.TarInfo(path.lstrip("/"))
+            info.size = len(data)
+            info.mode = 0o755 if path == GUARD else 0o600 if path == CONFIG_FILE else 0o644
+            tar.addfile(info, io.BytesIO(data))
+    words = f"{mesh.addresses[host.name]} {mesh.mtu}"
+    host.run(f"set -- {words}\n{_ACTIVATE}", stdin=archive.getvalue(), step="start the tunnel", timeout=60)
+
+
+def build(fleet: Fleet, design: Design, names: list[str]) -> None:
+    """Keys where they are missing, then the tunnel on ``names``, all hosts at once."""
+    assert design.mesh is not None
+    mesh = design.mesh
+    keys: dict[str, str] = dict(design.keys)
+    keys.update(fleet.each(make_key, [name for name in design.inventory.hosts if name not in keys]))
+    _activate_all(fleet, design, mesh, keys, names)
+
+
+def _activate_all(
+    fleet: Fleet, design: Design, mesh: Mesh, keys: Mapping[str, str], names: list[str]
+) -> None:
+    fleet.each(lambda host: activate(host, mesh, design.mesh_config(host.name, keys)), names)

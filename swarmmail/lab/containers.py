@@ -1,0 +1,408 @@
+"""Lab hosts as containers of this machine's Docker. The labels on Docker's objects are the only state."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import socket
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from ipaddress import IPv4Network, ip_address
+from pathlib import Path
+from typing import Any, TypeVar
+
+import docker
+from docker.errors import APIError, DockerException, NotFound
+from docker.types import IPAMConfig, IPAMPool
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from swarmmail import report
+from swarmmail.lab import image, rights
+from swarmmail.lab.driver import Access, Machine
+from swarmmail.lab.naming import Naming, Planned, Variant, routes
+from swarmmail.model.errors import SwarmmailError
+
+_LAB, _HOST, _VARIANT, _ADDRESS = (
+    "swarmmail.lab",
+    "swarmmail.lab.host",
+    "swarmmail.lab.variant",
+    "swarmmail.lab.address",
+)
+_BOOT = 90  # seconds until SSH must answer: 1 to 2 s usually, more on a busy machine with many hosts
+_DOCKER = 90  # seconds for the host's Docker, counted from SSH's answer
+_STOP = 30  # seconds for a clean shutdown at `docker stop` and `docker restart`
+
+# Version 2 of control groups, else version 1: bytes in use, then the statistics.
+_MEMORY = """cd /sys/fs/cgroup
+if [ -e memory.current ]; then cat memory.current memory.stat; else
+cat memory/memory.usage_in_bytes memory/memory.stat; fi"""
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+class ContainerDriver:
+    """The lab of one folder. Raises SwarmmailError when there is no Docker on this machine."""
+
+    def __init__(self, naming: Naming) -> None:
+        self.naming = naming
+        try:
+            self.client: Any = docker.from_env()
+            self.client.ping()
+        except (DockerException, OSError) as error:
+            raise SwarmmailError(
+                f"no Docker answers on this machine: {error}",
+                step="lab",
+                hint="start Docker (systemctl start docker), or see DOCKER_HOST",
+            ) from error
+        if self.client.api.base_url != "http+docker://localhost":
+            raise SwarmmailError(
+                f"the lab needs Docker on this machine, not on {self.client.api.base_url}",
+                step="lab",
+                hint="unset DOCKER_HOST",
+            )
+
+    # --- network ---
+
+    def network(self) -> tuple[IPv4Network, bool]:
+        found = self.find_network()
+        if found:
+            return found, False
+        if self.machines():
+            raise SwarmmailError(
+                "the lab's hosts are there but their network is gone",
+                step="lab",
+                hint="lab.down, then lab.up",
+            )
+        table = Path("/proc/net/route").read_text()
+        mtu = _underlay_mtu(table)
+        taken = [network for _, network in routes(table) if network.prefixlen] + self._docker_subnets()
+        for subnet in self.naming.subnets(taken):
+            try:
+                self.client.api.create_network(
+                    self.naming.network,
+                    driver="bridge",
+                    ipam=IPAMConfig(pool_configs=[IPAMPool(subnet=str(subnet))]),
+                    check_duplicate=True,
+                    labels={_LAB: self.naming.id},
+                    options={
+                        "com.docker.network.bridge.name": self.naming.bridge,
+                        "com.docker.network.driver.mtu": str(mtu),
+                    },
+                )
+            except APIError as error:
+                if "overlap" in str(error):  # another lab took it since we looked
+                    continue
+                raise SwarmmailError(str(error.explanation), step="make the lab's network") from error
+            report.progress(f"network {subnet} made (bridge {self.naming.bridge}, MTU {mtu})")
+            return subnet, True
+        raise SwarmmailError("no free subnet left in 198.18.0.0/15", step="make the lab's network")
+
+    def find_network(self) -> IPv4Network | None:
+        """The subnet of the lab's network, if there is one."""
+        for network in self.client.api.networks(filters={"label": f"{_LAB}={self.naming.id}"}):
+            return IPv4Network(network["IPAM"]["Config"][0]["Subnet"])
+        return None
+
+    def _docker_subnets(self) -> list[IPv4Network]:
+        return [
+            IPv4Network(pool["Subnet"])
+            for network in self.client.api.networks()
+            for pool in network["IPAM"].get("Config") or []
+            if ":" not in pool.get("Subnet", ":")
+        ]
+
+    # --- machines ---
+
+    def machines(self, memory: bool = False) -> list[Machine]:
+        listed = [
+            Machine(
+                name=container["Labels"][_HOST],
+                address=container["Labels"][_ADDRESS],
+                variant=container["Labels"][_VARIANT],
+                state=container["State"],
+            )
+            for container in self.client.api.containers(all=True, filters={"label": f"{_LAB}={self.naming.id}"})
+        ]
+        listed.sort(key=lambda machine: ip_address(machine.address))
+        if memory:
+            listed = _parallel(self._weighed, listed)
+        return listed
+
+    def _weighed(self, machine: Machine) -> Machine:
+        if machine.state != "running":
+            return machine
+        # Not from Docker's statistics: they make all but the first who asks wait for the next second.
+        code, text = self._run(machine.name, ["sh", "-c", _MEMORY], 10)
+        return replace(machine, memory=memory_in_use(text)) if code == 0 else machine
+
+    def ensure(self, wanted: Sequence[Planned], access: Access) -> list[str]:
+        present = {machine.name: machine for machine in self.machines()}
+        subnet = self.find_network()
+        if subnet is None:
+            raise SwarmmailError("the lab's network is gone", step="lab", hint="lab.down, then lab.up")
+        missing: list[Variant] = sorted({host.variant for host in wanted if host.name not in present})
+        images = {variant: image.ensure(self.client, variant) for variant in missing}
+
+        def bring(host: Planned) -> str | None:
+            started = time.monotonic()
+            try:
+                change = self._start(host, present.get(host.name), subnet, images, access)
+                version = self._wait(host, host.address(subnet))
+                if self._let_in(host, access) and change is None:
+                    change = "access renewed"
+            except (DockerException, OSError) as error:
+                raise SwarmmailError(
+                    f"{error}\n{self._last_words(host.name)}", host=host.name, step="lab.up"
+                ) from error
+            if change:
+                seconds = time.monotonic() - started
+                what = f"SSH and Docker {version} answer" if version else "SSH answers"
+                report.progress(f"{change}; {what} at {host.address(subnet)} after {seconds:.1f} s", host.name)
+                return host.name
+            return None
+
+        return [name for name in _parallel(bring, list(wanted)) if name]
+
+    def _start(
+        self,
+        host: Planned,
+        machine: Machine | None,
+        subnet: IPv4Network,
+        images: dict[Variant, str],
+        access: Access,
+    ) -> str | None:
+        """Get the container running. What had to be done for it, None: nothing."""
+        container = self.naming.container(host.name)
+        if machine and machine.state == "running":
+            return None
+        if machine and machine.state == "paused":
+            self.client.api.unpause(container)
+            return "unpaused"
+        if machine is None:
+            self._create(host, images[host.variant], subnet)
+        self.client.api.put_archive(container, "/", _access_files(access))
+        self.client.api.start(container)
+        return "made" if machine is None or machine.state == "created" else "started"
+
+    def _create(self, host: Planned, image_tag: str, subnet: IPv4Network) -> None:
+        labels = {
+            _LAB: self.naming.id,
+            _HOST: host.name,
+            _VARIANT: host.variant,
+            _ADDRESS: host.address(subnet),
+        }
+        volume = self.naming.volume(host.name)
+        self.client.api.create_volume(volume, labels={_LAB: self.naming.id, _HOST: host.name})
+        self.client.api.create_container(
+            image_tag,
+            name=self.naming.container(host.name),
+            hostname=host.name,
+            labels=labels,
+            environment={"container": "docker", "LAB_RESOLVERS": " ".join(_resolvers())},
+            stop_signal="SIGRTMIN+3",
+            networking_config={
+                "EndpointsConfig": {self.naming.network: {"IPAMConfig": {"IPv4Address": host.address(subnet)}}}
+            },
+            host_config={
+                "NetworkMode": self.naming.network,
+                "CapDrop": ["ALL"],
+                "CapAdd": rights.grantable(),
+                "SecurityOpt": rights.SECURITY_OPTIONS,
+                # `--security-opt systempaths=unconfined` of the CLI is this: the host sets its own sysctls.
+                "MaskedPaths": [],
+                "ReadonlyPaths": [],
+                "DeviceCgroupRules": list(rights.DEVICES),
+                "CgroupnsMode": "private",
+                # Empty after a reboot, as systemd expects (file-hierarchy(7)).
+                "Tmpfs": {
+                    "/run": "rw,exec,nosuid,nodev,mode=755",
+                    "/run/lock": "rw,noexec,nosuid,nodev,mode=1777",
+                    "/tmp": "rw,exec,nosuid,nodev,mode=1777",  # noqa: S108
+                },
+                # A volume: overlay2 cannot stand on the container's own overlay and would fall back to vfs.
+                "Binds": [f"{volume}:/var/lib/docker"],
+                # `reboot` in the host, and the machine's own, bring it back; `docker stop` is for good.
+                "RestartPolicy": {"Name": "unless-stopped"},
+            },
+        )
+
+    def _wait(self, host: Planned, address: str) -> str:
+        """Until the host is ready: version of its Docker, or nothing on a bare one.
+
+        Raises SwarmmailError with the host's last words when it ends or its time is over.
+        """
+        self._wait_for_banner(host, address)
+        if host.variant == "bare":
+            return ""
+        # docker.service is of type notify: `start` returns when the API answers, or the service failed.
+        code, output = self._run(host.name, ["systemctl", "start", "docker.service"], _DOCKER)
+        if code:
+            raise SwarmmailError(
+                f"Docker in the host did not start (status {code}): {output}\n{self._last_words(host.name)}",
+                host=host.name,
+                step="start Docker",
+            )
+        code, output = self._run(host.name, ["docker", "version", "-f", "{{.Server.Version}}"], 20)
+        if code:
+            raise SwarmmailError(f"Docker in the host: {output}", host=host.name, step="ask Docker")
+        return output.split("+")[0]
+
+    def _wait_for_banner(self, host: Planned, address: str) -> None:
+        def banner() -> None:
+            with socket.create_connection((address, 22), timeout=2) as connection:
+                if not connection.recv(64).startswith(b"SSH-2.0-"):
+                    raise ConnectionError("no SSH banner")
+
+        deadline = time.monotonic() + _BOOT
+        while True:
+            try:
+                for attempt in Retrying(
+                    retry=retry_if_exception_type(OSError),
+                    wait=wait_fixed(0.05),
+                    stop=stop_after_delay(2),
+                    reraise=True,
+                ):
+                    with attempt:
+                        banner()
+                return
+            except OSError as error:
+                state = self.client.api.inspect_container(self.naming.container(host.name))["State"]
+                if state["Status"] != "running" or time.monotonic() > deadline:
+                    raise SwarmmailError(
+                        f"SSH does not answer at {address}: {error}; the container is {state['Status']}"
+                        f"\n{self._last_words(host.name)}",
+                        host=host.name,
+                        step="boot",
+                    ) from error
+
+    def _let_in(self, host: Planned, access: Access) -> bool:
+        """Renew keys and password where they are not those of ``access``. Whether that was needed."""
+        code, output = self._run(host.name, ["cat", "/root/.ssh/authorized_keys"], 20)
+        if code == 0 and output == access.public_key:
+            return False
+        self.client.api.put_archive(self.naming.container(host.name), "/", _access_files(access))
+        code, output = self._run(host.name, ["lab-accounts"], 20)
+        if code:
+            raise SwarmmailError(output, host=host.name, step="set the lab's key and password")
+        return True
+
+    def host_keys(self, names: Sequence[str]) -> dict[str, str]:
+        def key(name: str) -> str:
+            code, output = self._run(name, ["cat", "/etc/ssh/ssh_host_ed25519_key.pub"], 20)
+            if code:
+                raise SwarmmailError(output, host=name, step="read the SSH host key")
+            return " ".join(output.split()[:2])
+
+        return dict(zip(names, _parallel(key, list(names)), strict=True))
+
+    def _run(self, name: str, command: list[str], seconds: int) -> tuple[int, str]:
+        """Run a command in the host, past SSH. Its exit status (124: time over) and all it wrote."""
+        api = self.client.api
+        job = api.exec_create(self.naming.container(name), ["timeout", "-k", "2", str(seconds), *command])
+        output = api.exec_start(job["Id"])
+        return api.exec_inspect(job["Id"])["ExitCode"], output.decode(errors="replace").strip()
+
+    def _last_words(self, name: str) -> str:
+        """The end of the host's journal; of the container's output when nothing runs any more."""
+        try:
+            code, text = self._run(name, ["journalctl", "--no-pager", "-o", "short-monotonic", "-n", "12"], 10)
+            if code == 0 and text:
+                return text
+        except (DockerException, OSError):
+            pass
+        try:
+            log: bytes = self.client.api.logs(self.naming.container(name), tail=12)
+            return log.decode(errors="replace").strip() or "(it left no log)"
+        except (DockerException, OSError) as error:
+            return f"(no log: {error})"
+
+    # --- the end ---
+
+    def remove(self, images: bool = False) -> list[str]:
+        label = {"label": f"{_LAB}={self.naming.id}"}
+        api = self.client.api
+        removed = []
+
+        def kill(container: dict[str, Any]) -> str:
+            _gone(lambda: api.remove_container(container["Id"], force=True, v=True))
+            return f"container {container['Names'][0].lstrip('/')}"
+
+        try:
+            removed += _parallel(kill, api.containers(all=True, filters=label))
+            for volume in api.volumes(filters=label)["Volumes"] or []:
+                _gone(partial(api.remove_volume, volume["Name"]))
+                removed.append(f"volume {volume['Name']}")
+            for network in api.networks(filters=label):
+                for guest in api.inspect_network(network["Id"]).get("Containers") or {}:
+                    _gone(partial(api.disconnect_container_from_network, guest, network["Id"], force=True))
+                _gone(partial(api.remove_network, network["Id"]))
+                removed.append(f"network {network['Name']}")
+            if images:
+                removed += image.remove_all(self.client)
+        except DockerException as error:
+            raise SwarmmailError(str(error), step="lab.down", hint="run lab.down again") from error
+        return removed
+
+
+def memory_in_use(text: str) -> int:
+    """Bytes in use without the page cache that the kernel can drop, as ``docker stats`` counts."""
+    first, *statistics = text.splitlines()
+    cache = dict(line.split() for line in statistics)
+    return int(first) - int(cache.get("total_inactive_file") or cache.get("inactive_file") or 0)
+
+
+def _gone(action: Callable[[], object]) -> None:
+    """Do it; that it is gone already is as good."""
+    with contextlib.suppress(NotFound):
+        action()
+
+
+def _parallel(work: Callable[[S], T], items: list[S]) -> list[T]:
+    """Results in order. All are finished before the first error is raised."""
+    if not items:
+        return []
+    with ThreadPoolExecutor(max_workers=len(items)) as pool:
+        jobs = [pool.submit(work, item) for item in items]
+    return [job.result() for job in jobs]
+
+
+def _access_files(access: Access) -> bytes:
+    """A tar archive to unpack at the host's root: who may log in (owners are those of the recipe)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for path, owner, text in (
+            ("root/.ssh/authorized_keys", 0, access.public_key + "\n"),
+            ("home/admin/.ssh/authorized_keys", 1000, access.public_key + "\n"),
+            ("home/deploy/.ssh/authorized_keys", 1001, access.public_key + "\n"),
+            ("etc/lab-password", 0, f"admin:{access.sudo_password}\n"),
+        ):
+            entry = tarfile.TarInfo(path)
+            entry.size, entry.mode, entry.uid, entry.gid = len(text), 0o600, owner, owner
+            entry.mtime = int(time.time())
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    return buffer.getvalue()
+
+
+def _underlay_mtu(table: str) -> int:
+    """MTU of the device of the machine's default route, at most 1500: more is lost on the way out."""
+    for device, network in routes(table):
+        if network.prefixlen == 0:
+            return min(1500, int(Path(f"/sys/class/net/{device}/mtu").read_text()))
+    return 1500
+
+
+def _resolvers() -> list[str]:
+    """The machine's name servers that a host can reach too. None: only ones on loopback; Docker's must do."""
+    for path in ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"):
+        if Path(path).exists():
+            fields = [line.split() for line in Path(path).read_text().splitlines()]
+            servers = [field[1] for field in fields if len(field) > 1 and field[0] == "nameserver"]
+            reachable = [server for server in servers if ":" not in server and not server.startswith("127.")]
+            if reachable:
+                return reachable
+    return []

@@ -1,0 +1,92 @@
+"""What every task needs: errors as lines, one inventory, one fleet of connections for the whole command."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import fabric
+from invoke.exceptions import Exit
+
+from swarmmail import report
+from swarmmail.hosts.fleet import Fleet
+from swarmmail.model import inventory as model
+from swarmmail.model.errors import InputError, SwarmmailError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_fleets: dict[Path, Fleet] = {}
+
+
+def door(function: F) -> Any:
+    """Make a task of a function: an error becomes one line on standard error and exit status 1.
+
+    ``SWARMMAIL_DEBUG=1`` shows the traceback too.
+    """
+
+    @functools.wraps(function)
+    def wrapper(c: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(c, fabric.Connection):
+            raise Exit(
+                "swarmmail: -H does not apply here: the inventory says which hosts (see --inventory)", 2
+            )
+        try:
+            return function(c, *args, **kwargs)
+        except SwarmmailError as error:
+            if os.environ.get("SWARMMAIL_DEBUG"):
+                import traceback
+
+                traceback.print_exc()
+            report.error(str(error))
+            raise Exit(code=error.exit_code) from None
+        except KeyboardInterrupt:
+            report.error("interrupted; run the same command again: it goes on from here")
+            raise Exit(code=130) from None
+        except Exception as error:
+            if os.environ.get("SWARMMAIL_DEBUG"):
+                raise
+            report.error(
+                f"this should not happen: {type(error).__name__}: {error} -> run again with SWARMMAIL_DEBUG=1 "
+                "and send what it prints"
+            )
+            raise Exit(code=70) from None
+
+    return cast(Any, fabric.task(wrapper))
+
+
+def load(c: Any, inventory: str | None) -> model.Inventory:
+    """The inventory that this command is about. Raises InputError with all its problems."""
+    configured = None
+    if "swarmmail" in c.config:
+        configured = c.config.swarmmail.get("inventory")
+    path = model.choose_inventory(inventory, os.environ, configured, Path.cwd())
+    loaded = model.load(path)
+    if problems := model.check_files(loaded):
+        raise InputError(problems)
+    return loaded
+
+
+def fleet(c: Any, inventory: str | None) -> Fleet:
+    """The hosts of the inventory; connections are shared by all tasks of one command."""
+    loaded = load(c, inventory)
+    if loaded.path not in _fleets:
+        password = c.config.sudo.password if "sudo" in c.config else None
+        _fleets[loaded.path] = Fleet(loaded, password)
+        atexit.register(_fleets[loaded.path].close)
+    return _fleets[loaded.path]
+
+
+def dry(c: Any, plan: bool) -> bool:
+    """Only show what would be done: ``--plan``, or Fabric's own ``--dry``."""
+    return plan or bool(c.config.run.dry)
+
+
+def status(code: int) -> None:
+    """End the command with an exit status that is not an error's."""
+    sys.stdout.flush()
+    raise Exit(code=code)

@@ -1,0 +1,77 @@
+"""Doors of the lab."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from swarmmail import lab, report
+from swarmmail.tasks.door import door
+
+
+def _root() -> Path:
+    """The project folder: the nearest one upwards that holds a fabfile, as `fab` itself looks for it."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "fabfile.py").exists():
+            return folder
+    return here
+
+
+def _show(found: lab.Lab) -> None:
+    report.table(
+        f"lab {found.subnet}",
+        ["host", "address", "state", "variant", "memory"],
+        [
+            [
+                machine.name,
+                machine.address,
+                machine.state,
+                machine.variant,
+                "" if machine.memory is None else f"{machine.memory / 2**20:.0f} MiB",
+            ]
+            for machine in found.machines
+        ],
+    )
+
+
+@door
+def up(c: Any, hosts: int = 3, bare: int = 0) -> None:
+    """Make hosts on this machine (containers of its Docker) and the inventory `lab`.
+
+    Changes on this machine: containers, volumes and a network of its Docker, the folder .lab and the file
+    inventories/lab.yml. Hosts that are there stay as they are. With --bare, also hosts without Docker.
+    """
+    made = lab.up(_root(), hosts, bare)
+    _show(lab.status(made.root))
+    if len(made.machines) > hosts + bare:
+        report.result(f"{len(made.machines)} hosts stay: lab.up removes none, lab.down removes the whole lab")
+    if made.changed:
+        report.result(f"lab is up (changed: {', '.join(made.changed)})", good=True)
+    else:
+        report.result("lab is up already, nothing changed", good=True)
+
+
+@door
+def status(c: Any, json: bool = False) -> None:
+    """Show the lab's hosts: address, state, memory. Changes nothing."""
+    found = lab.status(_root())
+    if json:
+        report.document({"subnet": found.subnet, "hosts": [asdict(machine) for machine in found.machines]})
+    elif found.machines:
+        _show(found)
+    else:
+        report.result("no lab here; lab.up makes one")
+
+
+@door
+def down(c: Any, images: bool = False) -> None:
+    """Remove the lab without a trace: hosts with all their data, network, .lab, inventories/lab.yml.
+
+    The images stay as a cache; --images removes them as well.
+    """
+    removed = lab.down(_root(), images)
+    for line in removed:
+        report.progress(f"removed {line}")
+    report.result("the lab is gone" if removed else "there was no lab, nothing removed", good=True)
