@@ -7,11 +7,12 @@ standard error, results to standard output. ``NO_COLOR`` is honoured (by rich it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 _started = time.monotonic()
@@ -91,3 +92,27 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 def document(value: Any) -> None:
     """Print one JSON document on standard output (``--json``)."""
     print(json.dumps(value, indent=2, sort_keys=True, default=str), flush=True)
+
+
+@contextlib.contextmanager
+def transfer(what: str, size: int, host: str | None = None) -> Iterator[Callable[[int], None]]:
+    """Progress of a transfer of ``size`` bytes: call the yielded function with each number of bytes sent.
+
+    A line every two seconds (bytes, rate, time left), and one at the end.
+    """
+    began = last = time.monotonic()
+    done = 0
+
+    def sent(count: int) -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last >= 2 and done < size:
+            last = now
+            rate = done / (now - began)
+            left = (size - done) / rate if rate else 0
+            progress(f"{what}: {done / 1e6:.0f} of {size / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s, {left:.0f} s left", host)
+
+    yield sent
+    seconds = time.monotonic() - began
+    progress(f"{what}: {done / 1e6:.1f} MB in {seconds:.1f} s", host)

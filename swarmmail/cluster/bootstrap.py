@@ -7,15 +7,16 @@ from collections.abc import Iterator
 
 from swarmmail import report
 from swarmmail.cluster import install, lock, mesh, overlay, swarm
+from swarmmail.hosts.connection import Host
 from swarmmail.hosts.facts import gather_all
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.model import bootstrap as model
-from swarmmail.model import network
 from swarmmail.model.bootstrap import Design, Observed
 from swarmmail.model.errors import HostError, Refused, SwarmmailError
 from swarmmail.model.facts import HostFacts
 from swarmmail.model.inventory import Inventory
 from swarmmail.model.plan import Action, Plan, Step
+from swarmmail.model.swarm import Swarm
 
 SETTLE = 30  # seconds that nodes may take to become Ready after the last step
 
@@ -26,7 +27,7 @@ def observe(fleet: Fleet) -> Observed:
     return Observed(facts, _swarm(fleet, facts))
 
 
-def _swarm(fleet: Fleet, facts: dict[str, HostFacts]) -> swarm.Swarm | None:
+def _swarm(fleet: Fleet, facts: dict[str, HostFacts]) -> Swarm | None:
     candidates = [n for n in fleet.inventory.hosts if facts[n].swarm == "active" and facts[n].is_manager]
     failure: SwarmmailError | None = None
     for name in candidates:
@@ -142,9 +143,7 @@ def _join(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
     token = swarm.worker_token(fleet[manager])
     there = design.swarm_address(manager)
     fleet.each(
-        lambda host: swarm.join(
-            host, token, design.swarm_address(host.name), _listen(design, host.name), there
-        ),
+        lambda host: swarm.join(host, token, design.swarm_address(host.name), _listen(design, host.name), there),
         [step.host for step in steps],
     )
 
@@ -152,10 +151,7 @@ def _join(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
 def _node_ids(fleet: Fleet, names: list[str]) -> dict[str, str]:
     """Node ids as the hosts themselves know them: a host name may occur twice in the Swarm's list (F30)."""
 
-    def ask(host: object) -> str:
-        from swarmmail.hosts.connection import Host
-
-        assert isinstance(host, Host)
+    def ask(host: Host) -> str:
         with host.doing("read the node id"):
             return str(host.docker.info()["Swarm"]["NodeID"])
 
@@ -225,9 +221,7 @@ _PHASES = {
 
 def _check(fleet: Fleet) -> None:
     """Observe again: only an empty plan is success (invariant 8)."""
-    plan = swarm.wait_until(
-        lambda: decide(fleet.inventory, observe(fleet))[1], lambda plan: plan.is_done, SETTLE, str
-    )
+    plan = swarm.wait_until(lambda: decide(fleet.inventory, observe(fleet))[1], lambda plan: plan.is_done, SETTLE, str)
     if not plan.is_done:
         left = [f"{step.host}: {step.text}" for step in plan.steps] + list(plan.waits)
         raise SwarmmailError(
@@ -236,4 +230,21 @@ def _check(fleet: Fleet) -> None:
         )
 
 
-__all__ = ["decide", "network", "observe", "run", "show"]
+def _lock_places(fleet: Fleet) -> dict[str, tuple[Host, bool]]:
+    lead = fleet[fleet.inventory.lead.name]
+    places = {f"folder on {lead.name}": (lead, False)}
+    manager = observe(fleet).swarm
+    if manager is not None:
+        places["Swarm"] = (fleet[manager.manager], True)
+    return places
+
+
+def locks(fleet: Fleet) -> dict[str, lock.Owner | None]:
+    """Who holds the locks: the one for first runs, and the Swarm's."""
+    return {place: lock.read(host, in_swarm) for place, (host, in_swarm) in _lock_places(fleet).items()}
+
+
+def break_locks(fleet: Fleet) -> None:
+    """Release both, whoever holds them."""
+    for host, in_swarm in _lock_places(fleet).values():
+        lock.release(host, in_swarm, None)

@@ -95,7 +95,10 @@ def _take(manager: Host, owner: Owner, swarm: bool) -> bool:
     text = json.dumps(asdict(owner))
     if not swarm:
         # written in full before it appears: a rename onto an empty or missing directory is atomic
-        command = f"d=$(mktemp -d {FOLDER}.XXXXXX) && cat >$d/owner && mv -nT $d {FOLDER} && [ ! -d $d ] || {{ rm -rf $d; exit 3; }}"
+        command = (
+            f"d=$(mktemp -d {FOLDER}.XXXXXX) && cat >$d/owner && mv -nT $d {FOLDER} && [ ! -d $d ] || "
+            "{ rm -rf $d; exit 3; }"
+        )
         return manager.run(command, stdin=text, step="take the lock", check=False).ok
     with manager.doing("take the lock"):
         try:

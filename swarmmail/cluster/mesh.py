@@ -62,14 +62,16 @@ wg pubkey <{KEY_FILE}
 _ACTIVATE = f"""
 set -e; umask 077
 tar -xf - -C / --no-same-owner
-if [ -z "$(systemctl show -p FragmentPath --value swarmmail-guard.service)" ] || \
-   [ "$(systemctl show -p NeedDaemonReload --value docker.service)$(systemctl show -p NeedDaemonReload --value swarmmail-guard.service)" != nono ]; then systemctl daemon-reload; fi
+known=$(systemctl show -p FragmentPath --value swarmmail-guard.service)
+stale=$(systemctl show -p NeedDaemonReload --value docker.service swarmmail-guard.service | grep yes)
+[ -n "$known" ] && [ -z "$stale" ] || systemctl daemon-reload
 {GUARD} apply
 systemctl -q enable swarmmail-guard.service wg-quick@{MESH}.service 2>/dev/null
 systemctl restart swarmmail-guard.service
 if wg show {MESH} >/dev/null 2>&1 && systemctl -q is-active wg-quick@{MESH}.service &&
    ip -4 -o addr show dev {MESH} | grep -q " $1/"; then
-  {{ echo '[Interface]'; printf 'PrivateKey = '; cat {KEY_FILE}; wg-quick strip {MESH} | grep -v '^.Interface.'; }} >/run/{MESH}.sync
+  {{ echo '[Interface]'; printf 'PrivateKey = '; cat {KEY_FILE}
+     wg-quick strip {MESH} | grep -v '^.Interface.'; }} >/run/{MESH}.sync
   wg syncconf {MESH} /run/{MESH}.sync; rm -f /run/{MESH}.sync
   ip link set dev {MESH} mtu "$2"
 else
@@ -129,7 +131,5 @@ def build(fleet: Fleet, design: Design, names: list[str]) -> None:
     _activate_all(fleet, design, mesh, keys, names)
 
 
-def _activate_all(
-    fleet: Fleet, design: Design, mesh: Mesh, keys: Mapping[str, str], names: list[str]
-) -> None:
+def _activate_all(fleet: Fleet, design: Design, mesh: Mesh, keys: Mapping[str, str], names: list[str]) -> None:
     fleet.each(lambda host: activate(host, mesh, design.mesh_config(host.name, keys)), names)

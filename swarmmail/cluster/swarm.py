@@ -104,9 +104,7 @@ def join(host: Host, token: str, address: str, listen: str, manager_address: str
             swarm: dict[str, Any] = api.info()["Swarm"]
             return swarm
 
-        swarm = wait_until(
-            state, lambda seen: seen["LocalNodeState"] != "pending", JOIN_TIMEOUT, lambda seen: seen
-        )
+        swarm = wait_until(state, lambda seen: seen["LocalNodeState"] != "pending", JOIN_TIMEOUT, lambda seen: seen)
     if swarm["LocalNodeState"] != "active":
         reason = swarm.get("Error") or (str(failed.explanation) if failed else swarm["LocalNodeState"])
         raise HostError(

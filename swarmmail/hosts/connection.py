@@ -53,7 +53,7 @@ class Result:
         return self.status == 0
 
 
-class _KnownKeyOnly(paramiko.MissingHostKeyPolicy):
+class _KnownKeyOnly(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
     """Refuse a host whose key is not known, and say how to make it known."""
 
     def __init__(self, host: str, file: str) -> None:
@@ -81,9 +81,7 @@ def _transient(error: BaseException) -> bool:
 class Host:
     """A machine that is reached by SSH. Opened at the first use; safe to use from several threads."""
 
-    def __init__(
-        self, spec: inventory.Host, gateway: Host | None = None, sudo_password: str | None = None
-    ) -> None:
+    def __init__(self, spec: inventory.Host, gateway: Host | None = None, sudo_password: str | None = None) -> None:
         self.spec = spec
         self.name = spec.name
         self._gateway = gateway

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from swarmmail import report
 from swarmmail.lab import files
 from swarmmail.lab.containers import ContainerDriver
-from swarmmail.lab.driver import Machine
+from swarmmail.lab.driver import Driver, Machine
 from swarmmail.lab.naming import MAX_BARE, MAX_HOSTS, Naming, addresses, planned
 from swarmmail.model.errors import InputError, Locked
 
@@ -74,13 +75,17 @@ def up(root: Path, hosts: int = 3, bare: int = 0) -> Lab:
         raise InputError(problems)
     root = root.resolve()
     with _alone(root):
-        driver = ContainerDriver(Naming.of(root))
-        subnet, fresh = driver.network()
+        driver: Driver = ContainerDriver(Naming.of(root))
+        if files.leaving(root).exists():
+            report.progress("the last lab.down was cut short; finishing it first")
+            _remove(root, driver)
+        subnet = driver.network()
         access = files.access(root)
-        files.certificates(root, addresses(subnet), renew=fresh)
+        files.certificates(root, addresses(subnet))
         # Those that are there beyond what is asked for belong to the lab as well: they stay, and are started.
         there = {machine.name for machine in driver.machines()}
-        wanted = [host for host in planned(MAX_HOSTS, MAX_BARE) if host in planned(hosts, bare) or host.name in there]
+        asked = planned(hosts, bare)
+        wanted = [host for host in planned(MAX_HOSTS, MAX_BARE) if host in asked or host.name in there]
         changed = driver.ensure(wanted, access)
         machines = driver.machines()
         keys = driver.host_keys([machine.name for machine in machines])
@@ -107,7 +112,13 @@ def down(root: Path, images: bool = False) -> list[str]:
     """
     root = root.resolve()
     with _alone(root):
-        return ContainerDriver(Naming.of(root)).remove(images) + files.remove(root)
+        return _remove(root, ContainerDriver(Naming.of(root)), images)
+
+
+def _remove(root: Path, driver: Driver, images: bool = False) -> list[str]:
+    if files.folder(root).exists():
+        files.leaving(root).touch(mode=0o600)
+    return driver.remove(images) + files.remove(root)
 
 
 @contextmanager

@@ -18,7 +18,13 @@ from typing import Any, TypeVar
 import docker
 from docker.errors import APIError, DockerException, NotFound
 from docker.types import IPAMConfig, IPAMPool
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+from tenacity import (
+    Retrying,
+    retry_if_exception,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_fixed,
+)
 
 from swarmmail import report
 from swarmmail.lab import image, rights
@@ -34,7 +40,10 @@ _LAB, _HOST, _VARIANT, _ADDRESS = (
 )
 _BOOT = 90  # seconds until SSH must answer: 1 to 2 s usually, more on a busy machine with many hosts
 _DOCKER = 90  # seconds for the host's Docker, counted from SSH's answer
-_STOP = 30  # seconds for a clean shutdown at `docker stop` and `docker restart`
+_REMOVAL = 15  # seconds for Docker to finish removals that are under way
+# Instances of inotify: counted 7 a host (systemd 5, dbus-daemon, containerd), one for a wireguard-go; and
+# what the machine itself uses.
+_INOTIFY, _INOTIFY_REST = 8, 16
 
 # Version 2 of control groups, else version 1: bytes in use, then the statistics.
 _MEMORY = """cd /sys/fs/cgroup
@@ -68,10 +77,10 @@ class ContainerDriver:
 
     # --- network ---
 
-    def network(self) -> tuple[IPv4Network, bool]:
+    def network(self) -> IPv4Network:
         found = self.find_network()
         if found:
-            return found, False
+            return found
         if self.machines():
             raise SwarmmailError(
                 "the lab's hosts are there but their network is gone",
@@ -99,11 +108,10 @@ class ContainerDriver:
                     continue
                 raise SwarmmailError(str(error.explanation), step="make the lab's network") from error
             report.progress(f"network {subnet} made (bridge {self.naming.bridge}, MTU {mtu})")
-            return subnet, True
+            return subnet
         raise SwarmmailError("no free subnet left in 198.18.0.0/15", step="make the lab's network")
 
     def find_network(self) -> IPv4Network | None:
-        """The subnet of the lab's network, if there is one."""
         for network in self.client.api.networks(filters={"label": f"{_LAB}={self.naming.id}"}):
             return IPv4Network(network["IPAM"]["Config"][0]["Subnet"])
         return None
@@ -145,6 +153,7 @@ class ContainerDriver:
         subnet = self.find_network()
         if subnet is None:
             raise SwarmmailError("the lab's network is gone", step="lab", hint="lab.down, then lab.up")
+        self._check_room(len([h for h in wanted if h.name not in present or present[h.name].state != "running"]))
         missing: list[Variant] = sorted({host.variant for host in wanted if host.name not in present})
         images = {variant: image.ensure(self.client, variant) for variant in missing}
 
@@ -167,6 +176,21 @@ class ContainerDriver:
             return None
 
         return [name for name in _parallel(bring, list(wanted)) if name]
+
+    def _check_room(self, more: int) -> None:
+        """The kernel's limit on inotify instances is one for root on the whole machine, hosts included.
+
+        Over it, systemd in the host fails at boot with "Too many open files".
+        """
+        limit = int(Path("/proc/sys/fs/inotify/max_user_instances").read_text())
+        running = len(self.client.api.containers(filters={"label": _LAB}))  # other labs' too
+        if more and (running + more) * _INOTIFY + _INOTIFY_REST > limit:
+            raise SwarmmailError(
+                f"{running + more} hosts need {(running + more) * _INOTIFY + _INOTIFY_REST} inotify instances, "
+                f"this machine allows {limit}",
+                step="lab.up",
+                hint="sysctl -w fs.inotify.max_user_instances=1024, or end another lab",
+            )
 
     def _start(
         self,
@@ -197,8 +221,11 @@ class ContainerDriver:
             _ADDRESS: host.address(subnet),
         }
         volume = self.naming.volume(host.name)
+        # A volume without its host belongs to nobody: a new host starts empty.
+        _gone(partial(self.client.api.remove_volume, volume))
         self.client.api.create_volume(volume, labels={_LAB: self.naming.id, _HOST: host.name})
-        self.client.api.create_container(
+        make = partial(
+            self.client.api.create_container,
             image_tag,
             name=self.naming.container(host.name),
             hostname=host.name,
@@ -230,6 +257,14 @@ class ContainerDriver:
                 "RestartPolicy": {"Name": "unless-stopped"},
             },
         )
+        try:
+            make()
+        except APIError as error:
+            if error.status_code != 409:
+                raise
+            # The name is taken by a container that was not listed: what a killed `up` had asked Docker for.
+            _gone(partial(self.client.api.remove_container, self.naming.container(host.name), force=True, v=True))
+            make()
 
     def _wait(self, host: Planned, address: str) -> str:
         """Until the host is ready: version of its Docker, or nothing on a bare one.
@@ -329,7 +364,7 @@ class ContainerDriver:
         removed = []
 
         def kill(container: dict[str, Any]) -> str:
-            _gone(lambda: api.remove_container(container["Id"], force=True, v=True))
+            _gone(partial(api.remove_container, container["Id"], force=True, v=True))
             return f"container {container['Names'][0].lstrip('/')}"
 
         try:
@@ -356,10 +391,17 @@ def memory_in_use(text: str) -> int:
     return int(first) - int(cache.get("total_inactive_file") or cache.get("inactive_file") or 0)
 
 
-def _gone(action: Callable[[], object]) -> None:
-    """Do it; that it is gone already is as good."""
-    with contextlib.suppress(NotFound):
-        action()
+def _gone(remove: Callable[[], object]) -> None:
+    """Remove something. That it is gone already is as good; while Docker still removes what hangs on it, wait."""
+
+    def busy(error: BaseException) -> bool:  # 409: removal in progress, volume in use; 403: network has endpoints
+        return isinstance(error, APIError) and error.status_code in (403, 409)
+
+    for attempt in Retrying(
+        retry=retry_if_exception(busy), wait=wait_fixed(0.2), stop=stop_after_delay(_REMOVAL), reraise=True
+    ):
+        with attempt, contextlib.suppress(NotFound):
+            remove()
 
 
 def _parallel(work: Callable[[S], T], items: list[S]) -> list[T]:

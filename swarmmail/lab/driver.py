@@ -39,8 +39,11 @@ class Machine:
 class Driver(Protocol):
     """Raises SwarmmailError (host, step, last journal lines) when a machine does not come up."""
 
-    def network(self) -> tuple[IPv4Network, bool]:
-        """Make the lab's network if there is none. Its subnet, and whether it was made just now."""
+    def network(self) -> IPv4Network:
+        """Make the lab's network if there is none. Its subnet."""
+
+    def find_network(self) -> IPv4Network | None:
+        """The subnet of the lab's network, if there is one."""
 
     def machines(self, memory: bool = False) -> list[Machine]:
         """All machines of this lab, in the order of their addresses. Memory only if asked: it takes time."""

@@ -38,6 +38,12 @@ def write(path: Path, content: str | bytes, mode: int = 0o600) -> bool:
     return True
 
 
+def leaving(root: Path) -> Path:
+    """The mark that a `down` has begun. Where it is found, that `down` was killed and must be finished first:
+    Docker may still be removing what is listed as running."""
+    return folder(root) / "leaving"
+
+
 def access(root: Path) -> Access:
     """The lab's SSH key and sudo password, made when missing.
 
@@ -63,11 +69,14 @@ def access(root: Path) -> Access:
     return Access(public.read_text().strip(), password.read_text().strip())
 
 
-def certificates(root: Path, addresses: Sequence[str], renew: bool) -> None:
-    """A CA of the lab's own, and one certificate for its mail names and every address a host can have."""
+def certificates(root: Path, addresses: Sequence[str]) -> None:
+    """A CA of the lab's own, and one certificate for its mail names and every address a host can have.
+
+    Those that are there are kept if they are for just these. The certificate is written last: it stands for all.
+    """
     home = folder(root)
     paths = home / "ca.crt", home / "tls.key", home / "tls.crt"
-    if not renew and all(path.exists() for path in paths):
+    if all(path.exists() for path in paths) and _names(paths[2]) == {*MAIL_HOSTNAMES, *addresses}:
         return
     import trustme
 
@@ -76,6 +85,18 @@ def certificates(root: Path, addresses: Sequence[str], renew: bool) -> None:
     write(paths[0], ca.cert_pem.bytes())
     write(paths[1], leaf.private_key_pem.bytes())
     write(paths[2], b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
+
+
+def _names(certificate: Path) -> set[str]:
+    """The names and addresses that a certificate is good for; none if it cannot be read."""
+    from cryptography import x509
+
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound):
+        return set()
+    return {str(name.value) for name in names}
 
 
 def known_hosts(machines: Sequence[Machine], keys: dict[str, str]) -> str:
@@ -130,13 +151,13 @@ def inventory(machines: Sequence[Machine]) -> str:
 def remove(root: Path) -> list[str]:
     """Remove both, and ``inventories/`` if nothing else is in it. What was removed."""
     removed = []
-    if folder(root).exists():
-        shutil.rmtree(folder(root))
-        removed.append("folder .lab")
     path = inventory_path(root)
     if path.exists():
         path.unlink()
         removed.append("file inventories/lab.yml")
         if not any(path.parent.iterdir()):
             path.parent.rmdir()
+    if folder(root).exists():  # last: the mark of an unfinished `down` is in it
+        shutil.rmtree(folder(root))
+        removed.append("folder .lab")
     return removed

@@ -137,20 +137,14 @@ def plan(design: Design) -> Plan:
         membership = _membership(name, facts, design)
         if membership == "lost":
             steps.append(
-                Step(
-                    Action.LEAVE, name, f"leave the half-done membership ({facts.swarm_error or facts.swarm})"
-                )
+                Step(Action.LEAVE, name, f"leave the half-done membership ({facts.swarm_error or facts.swarm})")
             )
         if membership != "member":
             rejoin.add(name)
             if name == lead and swarm is None:
-                steps.append(
-                    Step(Action.INIT, name, f"make the Swarm, advertise {design.swarm_address(name)}")
-                )
+                steps.append(Step(Action.INIT, name, f"make the Swarm, advertise {design.swarm_address(name)}"))
             else:
-                steps.append(
-                    Step(Action.JOIN, name, f"join the Swarm, advertise {design.swarm_address(name)}")
-                )
+                steps.append(Step(Action.JOIN, name, f"join the Swarm, advertise {design.swarm_address(name)}"))
     steps += _roles(design, chosen, lead)
     steps += _ghosts_and_labels(design, rejoin)
     steps += _network(design)
@@ -225,9 +219,7 @@ def _membership(name: str, facts: HostFacts, design: Design) -> str:
     if facts.swarm == "inactive" or not facts.engine:
         return "none"
     if facts.swarm == "locked":
-        raise Refused(
-            "its Swarm is locked", host=name, step="bootstrap", hint="docker swarm unlock on that host"
-        )
+        raise Refused("its Swarm is locked", host=name, step="bootstrap", hint="docker swarm unlock on that host")
     ours = {design.swarm_address(other) for other in inventory.hosts} | {
         host.advertise for host in inventory.hosts.values()
     }
@@ -261,7 +253,7 @@ def _membership(name: str, facts: HostFacts, design: Design) -> str:
             f"advertises {facts.node_address} to the Swarm, wanted is {wanted} ({design.encryption})",
             host=name,
             step="bootstrap",
-            hint="an address can't be changed in place: move its services away, docker swarm leave there, run this again",
+            hint="it can't be changed in place: move its services away, docker swarm leave there, run this again",
         )
     return "member"
 
@@ -292,14 +284,10 @@ def _ghosts_and_labels(design: Design, rejoin: set[str]) -> list[Step]:
     if swarm is not None:
         for node in swarm.nodes.values():
             known = node.host or node.hostname
-            if (
-                known in design.observed.hosts
-                and node.id != design.observed.hosts[known].node
-                or (known in rejoin and node.state != "ready")
+            if (known in design.observed.hosts and node.id != design.observed.hosts[known].node) or (
+                known in rejoin and node.state != "ready"
             ):
-                steps.append(
-                    Step(Action.FORGET, known, f"remove its old node {node.id} from the list", node.id)
-                )
+                steps.append(Step(Action.FORGET, known, f"remove its old node {node.id} from the list", node.id))
     return steps
 
 

@@ -12,9 +12,7 @@ class SwarmmailError(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, what: str, *, host: str | None = None, step: str | None = None, hint: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, host: str | None = None, step: str | None = None, hint: str | None = None) -> None:
         self.what, self.host, self.step, self.hint = what, host, step, hint
         super().__init__(str(self))
 

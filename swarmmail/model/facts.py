@@ -120,13 +120,10 @@ def parse(name: str, text: str) -> HostFacts:
         node_address=swarm.get("NodeAddr") or "",
         is_manager=bool(swarm.get("ControlAvailable")),
         cluster=(swarm.get("Cluster") or {}).get("ID", ""),
-        managers=tuple(
-            manager.get("Addr", "").rsplit(":", 1)[0] for manager in swarm.get("RemoteManagers") or ()
-        ),
+        managers=tuple(manager.get("Addr", "").rsplit(":", 1)[0] for manager in swarm.get("RemoteManagers") or ()),
         live_restore=bool(info.get("LiveRestoreEnabled")),
         addresses={
-            link["ifname"]: tuple(a["local"] for a in link.get("addr_info", ()) if "local" in a)
-            for link in links
+            link["ifname"]: tuple(a["local"] for a in link.get("addr_info", ()) if "local" in a) for link in links
         },
         mtus={link["ifname"]: int(link.get("mtu", 1500)) for link in links},
         routes=tuple(_routes(_json(sections.get("routes", ""), []))),

@@ -22,6 +22,7 @@ from swarmmail.model.values import is_ip
 from swarmmail.model.yamlfile import did_you_mean, short
 
 MANUAL = "example.yml"
+WAY = "a host of this inventory, or [user@]host[:port]"
 
 # ---- the file ----
 
@@ -56,9 +57,9 @@ class HostEntry(Ssh):
     """A host as it is written."""
 
     address: values.Address
-    jump: str | None = Field(None, description="a host of this inventory, or [user@]host[:port]")
+    jump: str | None = Field(None, description=WAY)
     role: values.Role
-    advertise: values.Advertise | None = Field(None, description="an IP address that the other hosts can reach")
+    advertise: values.Advertise | None = Field(None, description=values.REACHABLE)
     nat: values.Switch = False
 
 
@@ -106,9 +107,9 @@ class File(Section):
 
 
 class Jump(Section):
-    """The way to a host: through ``name``, a host of this inventory, or else through ``address``."""
+    """The way to a host: through ``member``, a host of this inventory, or else through ``address``."""
 
-    name: str | None = None
+    member: str | None = None
     address: str = ""
     user: str = "root"
     port: int = 22
@@ -147,18 +148,6 @@ class Inventory(Section):
         """The first manager of the file: the Swarm is made there."""
         return self.managers[0]
 
-    def jump_host(self, host: Host) -> Host:
-        """The jump host of a host: one of this inventory, or one with the SSH settings of that host.
-
-        Raises KeyError when there is no jump.
-        """
-        if host.jump is None:
-            raise KeyError(host.name)
-        if host.jump.name:
-            return self.hosts[host.jump.name]
-        way = {name: getattr(host.jump, name) for name in ("address", "user", "port")}
-        return host.model_copy(update={**way, "name": host.jump.address, "jump": None})
-
     def notes(self) -> list[str]:
         """What is allowed, but should be known."""
         notes = []
@@ -170,11 +159,11 @@ class Inventory(Section):
         count = len(self.managers)
         if count % 2 == 0:
             notes.append(
-                f"{count} managers bear the loss of {(count - 1) // 2}, no more than {count - 1} do, because "
-                f"{count // 2 + 1} must agree: use {count - 1} or {count + 1}"
+                f"{count} managers survive the loss of {(count - 1) // 2 or 'none'}, no more than {count - 1} would, "
+                f"because {count // 2 + 1} of them must agree: make it {count - 1} or {count + 1}"
             )
         for host in self.hosts.values():
-            if host.jump and not host.jump.name and (hint := did_you_mean(host.jump.address, self.hosts)):
+            if host.jump and not host.jump.member and (hint := did_you_mean(host.jump.address, self.hosts)):
                 notes.append(
                     f"hosts.{host.name}.jump: {host.jump.address} is no host of the inventory, so it is taken "
                     f"as a name of the network; {hint}"
@@ -208,13 +197,13 @@ def load(path: Path) -> Inventory:
         for place, text in check
     ]
     if problems:
-        raise InputError(sorted(dict.fromkeys(problems), key=_line_of(path)))
+        raise InputError(sorted(dict.fromkeys(problems), key=lambda text: (_line(path, text), text)))
     hosts = {name: _host(name, entry, file) for name, entry in file.hosts.items()}
     return Inventory(path=path, cluster=file.cluster, hosts=hosts, network=file.network, stack=file.stack)
 
 
-def _line_of(path: Path) -> Any:
-    return lambda problem: int(problem.removeprefix(f"{path}:").split(":", 1)[0])
+def _line(path: Path, problem: str) -> int:
+    return int(problem.removeprefix(f"{path}:").partition(":")[0])
 
 
 def _salvage(raw: dict[str, Any], error: ValidationError, context: dict[str, Any]) -> File:
@@ -245,7 +234,7 @@ def _host(name: str, entry: HostEntry, file: File) -> Host:
 def _jump(text: str, names: Container[str], user: str) -> Jump:
     """Parse ``jump``; raises ValueError. A name of the inventory wins over a name of the network."""
     if text in names:
-        return Jump(name=text)
+        return Jump(member=text)
     parts = re.fullmatch(r"(?:([A-Za-z0-9_][\w.-]*)@)?(\[[\da-fA-F:.]+\]|[^\s:@\[\]]+)(?::(\d{1,5}))?", text, re.A)
     if not parts or not 1 <= int(parts[3] or 22) <= 65535:
         raise ValueError
@@ -255,13 +244,19 @@ def _jump(text: str, names: Container[str], user: str) -> Jump:
 Problems = Iterator[tuple[tuple[str, ...], str]]
 
 
+def _found(value: str, allowed: str, names: list[str]) -> str:
+    hint = did_you_mean(value, names)
+    return f"found {short(value)}, allowed: {allowed}" + (f"; {hint}" if hint else "")
+
+
 def _check_hosts(file: File, names: list[str], whole: bool) -> Problems:
     """``names``: all hosts that are written; ``whole``: none of them is missing from ``file``."""
     hosts = file.hosts
-    if whole and not any(host.role == "manager" for host in hosts.values()):
-        yield ("hosts",), "no host has the role manager; a Swarm needs one"
     ways: dict[tuple[str, int, str | None], str] = {}
     advertised: dict[str, str] = {}
+    first_manager = next((name for name, host in hosts.items() if host.role == "manager"), None)
+    if whole and first_manager is None:
+        yield ("hosts",), "no host has the role manager; a Swarm needs one"
     natted = ""
     for name, host in hosts.items():
         at = ("hosts", name)
@@ -277,7 +272,7 @@ def _check_hosts(file: File, names: list[str], whole: bool) -> Problems:
         if natted:
             yield (*at, "nat"), f"{natted} is behind NAT too, and neither could open a connection to the other"
         natted = natted or name
-        if host.role == "manager" and next(n for n, h in hosts.items() if h.role == "manager") == name and whole:
+        if name == first_manager and whole:
             yield (*at, "nat"), "the first manager must be reachable for all others: put another manager first"
         if file.network.encryption == "ipsec":
             yield (
@@ -297,9 +292,9 @@ def _check_advertise(name: str, host: HostEntry, repeated: bool, seen: dict[str,
     place = ("hosts", name, "advertise")
     try:
         address = host.advertise or values.advertise(host.address)
-    except ValueError as error:
-        why = f"address {short(host.address)} is a name" if not is_ip(host.address) else str(error)
-        yield place, f"missing, allowed: an IP address that the other hosts can reach; {why}"
+    except ValueError:
+        why = "no address that other hosts can reach" if is_ip(host.address) else "a name"
+        yield place, f"missing, allowed: {values.REACHABLE}; needed because address {host.address} is {why}"
         return
     first = seen.setdefault(address, name)
     if first != name and not (repeated and host.advertise is None):  # that is one mistake, not two
@@ -314,11 +309,7 @@ def _check_jump(name: str, hosts: Mapping[str, HostEntry], names: list[str]) -> 
     try:
         _jump(text, names, "root")
     except ValueError:
-        hint = did_you_mean(text, names)
-        yield (
-            place,
-            f"found {short(text)}, allowed: a host of this inventory, or [user@]host[:port]; {hint}".rstrip("; "),
-        )
+        yield place, _found(text, WAY, names)
         return
     way = [name]
     while (step := hosts[way[-1]].jump) in hosts and step not in way:
@@ -331,7 +322,7 @@ def _check_network(file: File) -> Problems:
     subnet, tunnel = file.network.subnet, file.network.tunnel_subnet
     for key, network in (("subnet", subnet), ("tunnel_subnet", tunnel)):
         for name, host in file.hosts.items():
-            for address in {host.address, host.advertise or host.address}:
+            for address in dict.fromkeys((host.address, host.advertise or host.address)):
                 if network != "auto" and is_ip(address) and ip_address(address) in network:
                     yield ("network", key), f"found {str(network)!r}, which holds {name}'s own address {address}"
     if subnet != "auto" and tunnel != "auto" and subnet.overlaps(tunnel):
@@ -344,13 +335,12 @@ def _check_network(file: File) -> Problems:
 def _check_stack(file: File, names: list[str]) -> Problems:
     if not file.stack:
         return
-    wanted = {("placement", service): host for service, host in file.stack.placement.items()}
-    for key, host in {**wanted, ("build",): file.stack.build}.items():
-        allowed = names if key != ("build",) else ["local", *names]
-        if host not in allowed:
-            hint = did_you_mean(host, allowed)
-            text = f"found {short(host)}, allowed: {', '.join(allowed)}"
-            yield ("stack", *key), f"{text}; {hint}" if hint else text
+    builders = ["local", *names]
+    if file.stack.build not in builders:
+        yield ("stack", "build"), _found(file.stack.build, ", ".join(builders), builders)
+    for service, host in file.stack.placement.items():
+        if host not in names:
+            yield ("stack", "placement", service), _found(host, ", ".join(names) or "a host", names)
 
 
 # ---- files ----
@@ -377,11 +367,13 @@ def check_files(inventory: Inventory) -> list[str]:
 
 
 def choose_inventory(explicit: str | None, environ: Mapping[str, str], fabric_config: str | None, folder: Path) -> Path:
-    """The inventory file to use; a bare name such as ``lab`` means ``lab.yml`` in ``folder``.
+    """The inventory file to use; a bare name such as ``lab`` means ``inventories/lab.yml`` in ``folder``.
 
-    ``explicit`` is ``--inventory``, ``fabric_config`` the key ``swarmmail.inventory`` of fabric.yml. Raises
-    InputError that says which files there are and what to type.
+    ``explicit`` is ``--inventory``, ``fabric_config`` the key ``swarmmail.inventory`` of fabric.yml; other
+    paths than bare names are relative to the working folder. Raises InputError that says which files there
+    are and what to type.
     """
+    folder /= "inventories"
     files = sorted(p for p in folder.glob("*.y*ml") if p.suffix in (".yml", ".yaml") and p.name != MANUAL)
     names = [path.stem if path.suffix == ".yml" else str(path) for path in files]
     there = f"there are: {', '.join(names)}" if names else f"there is none in {folder}/"

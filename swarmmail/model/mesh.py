@@ -41,9 +41,7 @@ def interface_of(config: str) -> IPv4Interface | None:
         return None
 
 
-def design(
-    inventory: Inventory, hosts: Mapping[str, HostFacts], free: IPv4Network, underlay_mtu: int
-) -> Mesh:
+def design(inventory: Inventory, hosts: Mapping[str, HostFacts], free: IPv4Network, underlay_mtu: int) -> Mesh:
     """Keep every address that a host has; give new hosts the lowest ones that are free.
 
     Raises:

@@ -75,9 +75,7 @@ def underlay_mtu(hosts: Mapping[str, HostFacts], inventory: Inventory) -> int:
     return min(found, default=1500)
 
 
-def choose_encryption(
-    inventory: Inventory, hosts: Mapping[str, HostFacts], encrypted: bool | None
-) -> tuple[str, str]:
+def choose_encryption(inventory: Inventory, hosts: Mapping[str, HostFacts], encrypted: bool | None) -> tuple[str, str]:
     """The back end, and why. ``encrypted``: what the overlay that is there already has; None if there is none.
 
     What is there is kept: a kernel that learns ESP by an upgrade is no reason to rebuild a network.

@@ -17,8 +17,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Val
 
 from swarmmail.model.yamlfile import did_you_mean
 
-# RFC 1918, and RFC 6598 (shared address space), which is as free of the Internet as they are.
-_PRIVATE = [ip_network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")]
+# RFC 1918, and what the Internet does not route either: RFC 6598 (shared space), RFC 2544 (benchmarks)
+_PRIVATE = [
+    IPv4Network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "198.18.0.0/15")
+]
+REACHABLE = "an IP address that the other hosts can reach"
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 
@@ -26,7 +29,7 @@ def address(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("put it in quotes" if isinstance(value, int | float) else "")
     try:
-        return str(ipaddress(value))
+        return str(ip_address(value))
     except ValueError:
         pass
     labels = value.removesuffix(".").split(".")
@@ -60,14 +63,17 @@ def _subnet(value: object) -> IPv4Network | Literal["auto"]:
         return "auto"
     if not isinstance(value, str) or "/" not in value:
         raise ValueError(did_you_mean(value, ["auto"]) if isinstance(value, str) else "")
-    network = ip_network(value, strict=False)
+    try:
+        network = ip_network(value, strict=False)
+    except ValueError:
+        raise ValueError("not a network") from None
     if not isinstance(network, IPv4Network):
         raise ValueError("an overlay needs IPv4 inside; the hosts themselves may use IPv6")
     if str(network.network_address) != value.partition("/")[0]:
         raise ValueError(f"did you mean {str(network)!r}?")
     if network.prefixlen > 28:
         raise ValueError("too small, at least /28")
-    if not any(network.subnet_of(private) for private in _PRIVATE if private.version == 4):
+    if not any(network.subnet_of(private) for private in _PRIVATE):
         raise ValueError("these are addresses of the Internet: the hosts could no longer reach them")
     return network
 
@@ -90,12 +96,14 @@ def _path(value: object, info: ValidationInfo) -> Path:
         path = Path(value).expanduser()
     except RuntimeError:
         raise ValueError("no such user") from None
-    folder = (info.context or {}).get("folder", Path.cwd())
+    folder = info.context["folder"] if info.context else Path()
     return Path(os.path.normpath(folder / path))
 
 
 def _not_a_switch(value: object) -> object:
-    if isinstance(value, bool) or str(value).lower() in ("yes", "no", "on", "off", "true", "false", "y", "n"):
+    if isinstance(value, bool) or (
+        isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "true", "false", "y", "n")
+    ):
         raise ValueError(
             "it is a choice of method, not a switch: write auto for encryption by what all hosts can do, "
             "or none for clear text if that is really meant"
@@ -111,13 +119,15 @@ def _true_or_false(value: object) -> object:
 
 def _host_name(value: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", value):
-        raise ValueError("allowed as a host's name: a-z, 0-9 and -, at most 63")
+        raise ValueError("not a name for a host, allowed: a-z, 0-9 and -, at most 63")
+    if value == "local":
+        raise ValueError("as stack.build the name local means the operator's machine: choose another")
     return value
 
 
 def _setting_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-        raise ValueError("allowed as a name: letters, digits and _, as for an environment variable")
+        raise ValueError("not a name for a setting, allowed: letters, digits and _, as in an environment variable")
     if value.upper().startswith("SWARMMAIL_"):
         raise ValueError("names that start with SWARMMAIL_ belong to the tool")
     return value
@@ -134,7 +144,7 @@ Cluster = Annotated[
     str, Field(pattern="^[a-z][a-z0-9-]{0,31}$", description="a-z, 0-9 and -, a letter first, at most 32")
 ]
 Address = Annotated[str, PlainValidator(address), Field(description="a host name or an IP address")]
-Advertise = Annotated[str, PlainValidator(advertise), Field(description="an IP address that the other hosts can reach")]
+Advertise = Annotated[str, PlainValidator(advertise), Field(description=REACHABLE)]
 Port = Annotated[int, Field(ge=1, le=65535, description="a port, 1 to 65535")]
 Seconds = Annotated[int, Field(ge=1, le=600, description="whole seconds, 1 to 600")]
 Login = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}$", description="a login name, at most 32")]

@@ -140,6 +140,7 @@ class _Plain:
             return [self.of(item, (*place, index)) for index, item in enumerate(node.value)]
         if isinstance(node, MappingNode):
             return self._mapping(node, place)
+        assert isinstance(node, ScalarNode)
         if node.style is not None or node.tag == _TAG + "str":  # quoted, a block, or !!str
             return node.value
         return core_scalar(node.value)
@@ -196,7 +197,9 @@ def short(value: object) -> str:
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """``did you mean 'manager'?`` when a known word is near, else nothing."""
-    near = difflib.get_close_matches(str(word)[:80].lower(), list(known), n=1, cutoff=0.6)
+    if not isinstance(word, str):
+        return ""
+    near = difflib.get_close_matches(word[:80].lower(), list(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else ""
 
 
@@ -240,7 +243,9 @@ def problems(
         hidden = bool(secret) and place[: len(secret)] == secret
         reason = str(one["ctx"]["error"]) if one["type"] == "value_error" else ""
         found = kind(one["input"]) if hidden else short(one["input"])
-        if one["type"] == "missing":
+        if one["loc"] != place:  # the key itself is wrong
+            text = reason
+        elif one["type"] == "missing":
             text = f"missing, allowed: {info.description if info else ''}"
         elif one["type"] == "extra_forbidden":
             allowed = [path[-1] for path, _ in known if _fits(path[:-1], place[:-1])]
@@ -251,7 +256,9 @@ def problems(
         else:
             if info and get_origin(info.annotation) is Literal and not reason:
                 reason = did_you_mean(one["input"], get_args(info.annotation))
-            allowed_text = f"allowed: {info.description}" if info else ""
+            if one["type"] == "int_type" and isinstance(one["input"], str) and one["input"].isdigit():
+                reason = "write it without quotes"
+            allowed_text = f"allowed: {info.description}" if info else "" if reason else "allowed: text"
             text = f"found {found}, " + "; ".join(part for part in (allowed_text, reason) if part)
         result.append(document.problem(place, text))
     return result

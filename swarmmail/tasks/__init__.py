@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from invoke import Collection
 
-from swarmmail.tasks import bootstrap, lab
+from swarmmail.tasks import bootstrap, lab, mail
 
-ns = Collection(bootstrap.bootstrap)
+ns = Collection(bootstrap.bootstrap, bootstrap.plan, mail.deploy, mail.status)
+ns.add_task(mail.send_probe, name="probe")
+ns.add_collection(mail.user)
+ns.add_collection(mail.queue)
+ns.add_collection(bootstrap.lock)
 ns.add_collection(Collection.from_module(lab, name="lab"))

@@ -1,12 +1,16 @@
-"""Swarm and overlay."""
+"""Swarm and overlay: bootstrap, the plan of everything, and the lock."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from invoke import Collection
+
 from swarmmail import report
 from swarmmail.cluster import bootstrap as cluster
-from swarmmail.tasks.door import door, dry, fleet
+from swarmmail.mail import deploy
+from swarmmail.model import stack
+from swarmmail.tasks.door import door, dry, fleet, status
 
 
 @door
@@ -23,3 +27,45 @@ def bootstrap(c: Any, inventory: str | None = None, plan: bool = False) -> None:
         report.result(f"bootstrap: {hosts.inventory.cluster} is as the inventory wants it", good=True)
     else:
         report.result("bootstrap: nothing to do")
+
+
+@door
+def plan(c: Any, inventory: str | None = None) -> None:
+    """Show what `bootstrap deploy` would do. Changes nothing. Exit status 0: nothing to do, 2: changes."""
+    hosts = fleet(c, inventory)
+    todo = cluster.decide(hosts.inventory, cluster.observe(hosts))[1]
+    cluster.show(todo)
+    file = stack.read(hosts.inventory) if hosts.inventory.stack is not None else None
+    if todo.steps:
+        if file is not None:
+            report.result(f"then: deploy stack {file.name} ({', '.join(file.services)})")
+        status(2)
+    if file is not None:
+        found = deploy.decide(hosts, file)
+        deploy.show(found)
+        if not found.is_empty:
+            status(2)
+    report.result("plan: nothing to do")
+
+
+@door
+def lock_status(c: Any, inventory: str | None = None) -> None:
+    """Say who holds the lock, and since when. Changes nothing."""
+    found = cluster.locks(fleet(c, inventory))
+    for place, owner in found.items():
+        report.result(f"{place}: {owner.text if owner else 'free'}")
+
+
+@door
+def lock_break(c: Any, inventory: str | None = None) -> None:
+    """Take away the lock of a run that is dead for certain. Changes: the lock, nothing else."""
+    hosts = fleet(c, inventory)
+    for place, owner in cluster.locks(hosts).items():
+        if owner is not None:
+            report.result(f"{place}: released, it said: {owner.text}")
+    cluster.break_locks(hosts)
+
+
+lock = Collection("lock")
+lock.add_task(lock_status, name="status")
+lock.add_task(lock_break, name="break")

@@ -32,9 +32,7 @@ def door(function: F) -> Any:
     @functools.wraps(function)
     def wrapper(c: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(c, fabric.Connection):
-            raise Exit(
-                "swarmmail: -H does not apply here: the inventory says which hosts (see --inventory)", 2
-            )
+            raise Exit("swarmmail: -H does not apply here: the inventory says which hosts (see --inventory)", 2)
         try:
             return function(c, *args, **kwargs)
         except SwarmmailError as error:

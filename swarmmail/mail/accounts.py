@@ -1,0 +1,50 @@
+"""Accounts: kept on the mail volume, so that they move with the mail; the MTA gets the list of addresses.
+
+The MTA needs its own list to answer an unknown recipient with 550 at once (no backscatter) and to accept a known
+one while the MDA is away. A script in each image does the work inside; labels of the stack file may name others:
+``swarmmail.users-command`` (list | add | passwd | remove ADDRESS) and ``swarmmail.recipients-command``.
+"""
+
+from __future__ import annotations
+
+from swarmmail.hosts.fleet import Fleet
+from swarmmail.mail import services
+from swarmmail.mail.services import Container, Seen
+
+USERS = ("swarmmail.users-command", "/usr/local/bin/swarmmail-users")
+RECIPIENTS = ("swarmmail.recipients-command", "/usr/local/bin/swarmmail-recipients")
+
+
+class Accounts:
+    """The accounts of a running stack. Raises HostError with the script's own line when it refuses."""
+
+    def __init__(self, fleet: Fleet, seen: Seen | None = None) -> None:
+        seen = services.observe(fleet) if seen is None else seen
+        self.mda: Container = services.running(fleet, seen, "mda")
+        self.mta: Container = services.running(fleet, seen, "mta")
+
+    def _users(self, *words: str, stdin: str = "", step: str) -> str:
+        command = self.mda.labels.get(*USERS)
+        return self.mda.call(command, *words, stdin=stdin, step=step)
+
+    def list(self) -> list[str]:
+        return self._users("list", step="list accounts").split()
+
+    def add(self, address: str, password: str) -> None:
+        """``password`` travels by standard input only, and is hashed in the container."""
+        self._users("add", address, stdin=password + "\n", step=f"add {address}")
+        self.sync()
+
+    def passwd(self, address: str, password: str) -> None:
+        self._users("passwd", address, stdin=password + "\n", step=f"change the password of {address}")
+
+    def remove(self, address: str, mail: bool = False) -> None:
+        """Remove an account; its mailbox only with ``mail``."""
+        self._users("remove", address, *(["--mail"] if mail else []), step=f"remove {address}")
+        self.sync()
+
+    def sync(self) -> None:
+        """Give the MTA the list of recipients. Run again, it repairs a list that is behind."""
+        addresses = "".join(f"{address}\n" for address in self.list())
+        command = self.mta.labels.get(*RECIPIENTS)
+        self.mta.call(command, stdin=addresses, step="tell the MTA its recipients")

@@ -1,0 +1,471 @@
+"""Deploy: render the stack, let Docker judge it, show what changes, deploy, and wait until that is what runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import docker
+import docker.errors
+from ruamel.yaml import YAML
+
+from swarmmail import report
+from swarmmail.cluster import images, lock, swarm
+from swarmmail.hosts.fleet import Fleet
+from swarmmail.mail import services
+from swarmmail.mail.services import Seen
+from swarmmail.model import content
+from swarmmail.model import stack as model
+from swarmmail.model.errors import Deadline, HostError, InputError, Refused
+from swarmmail.model.placement import LIVE, Place, place
+from swarmmail.model.stack import Filling, Service, StackFile
+from swarmmail.model.swarm import PLACED
+
+STACK_OBJECT = "swarmmail.stack"
+"""Label on configs and secrets that we made: the stack they belong to."""
+START_LIMIT = 120  # seconds for all tasks to run and be healthy
+_FENCE = resources.files(__package__).joinpath("fence.sh").read_bytes()
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that deploy would do, with the lines that people compare."""
+
+    what: str
+    lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What deploy has to do, and what it needs for it."""
+
+    stack: StackFile
+    seen: Seen
+    places: Mapping[str, Place]
+    rendered: Mapping[str, Any]
+    build: tuple[Service, ...]
+    ship: Mapping[str, tuple[str, ...]]
+    """Service to the hosts that lack its image."""
+    files: Mapping[tuple[str, str], bytes]
+    """Configs and secrets to make: (kind, name) to content."""
+    services: tuple[str, ...]
+    """Services to create or update."""
+    remove: tuple[str, ...]
+    changes: tuple[Change, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.changes
+
+
+def run(fleet: Fleet) -> bool:
+    """Deploy; False when there was nothing to do.
+
+    Raises:
+        InputError: the stack file or the inventory is wrong; nothing was touched.
+        Refused: the wanted state contradicts where data is, or a port is taken.
+        SwarmmailError: a step failed, or a task does not run what was asked.
+    """
+    stack = model.read(fleet.inventory)
+    plan = decide(fleet, stack)
+    for note in plan.notes:
+        report.progress(note)
+    if plan.is_empty:
+        _wait(fleet, stack, plan)
+        return False
+    show(plan)
+    with lock.held(plan.seen.manager, "deploy", swarm=True):
+        apply(fleet, stack, plan)
+    return True
+
+
+def show(plan: Plan) -> None:
+    for change in plan.changes:
+        report.result(f"+ {change.what}")
+        for line in change.lines:
+            report.result(f"    {line}")
+
+
+def decide(fleet: Fleet, stack: StackFile, built: Mapping[str, images.ImageInfo] | None = None) -> Plan:
+    """Observe and compare. ``built``: images that were just built, by tag."""
+    inventory = fleet.inventory
+    assert inventory.stack is not None
+    seen = services.observe(fleet)
+    if inventory.network.name not in seen.swarm.networks:
+        raise Refused(f"there is no overlay {inventory.network.name}", step="deploy", hint="run: fab bootstrap")
+    unlabelled = [name for name in inventory.hosts if seen.swarm.node_of(name) is None]
+    if unlabelled:
+        raise Refused(f"{', '.join(unlabelled)} is not in the Swarm", step="deploy", hint="run: fab bootstrap")
+    places = {
+        name: place(
+            inventory.cluster,
+            stack,
+            service,
+            inventory.stack.placement[name],
+            seen.observed.hosts,
+            seen.swarm,
+        )
+        for name, service in stack.services.items()
+        if service.volumes
+    }
+    _ports_free(stack, seen, places)
+    targets = {name: ([places[name].host] if name in places else list(inventory.hosts)) for name in stack.services}
+    known, missing = _images(fleet, stack, targets)
+    known = {**(built or {}), **known}
+    to_build = tuple(
+        service for service in stack.services.values() if service.build is not None and service.image not in known
+    )
+    commands = {name: _command(service, known.get(service.image), seen) for name, service in stack.services.items()}
+    files, secrets, configs = _files(fleet, stack)
+    filling = Filling(commands, {n: _generation(n, p, seen) for n, p in places.items()}, secrets, configs)
+    rendered = model.render(stack, inventory, filling)
+    canonical = _canonical(fleet, stack, seen, rendered)
+    rendered = model.label_specs(rendered, canonical)
+    changes: list[Change] = []
+    changes += [Change(f"build {service.image}") for service in to_build]
+    changes += [
+        Change(f"bring image {stack.services[name].image} to {', '.join(hosts)}")
+        for name, hosts in missing.items()
+        if hosts
+    ]
+    for name, where in places.items():
+        if where.new:
+            volumes = ", ".join(stack.volume_name(volume) for volume in stack.services[name].volumes)
+            changes.append(Change(f"make volume {volumes} on {where.host}, generation {where.generation}"))
+        elif where.label:
+            changes.append(Change(f"label the node of {where.host}: {name} has its data there"))
+    existing = _objects(seen)
+    files = {key: data for key, data in files.items() if key not in existing}
+    changes += [Change(f"make {kind} {name}") for kind, name in files]
+    to_deploy = []
+    for name in stack.services:
+        wanted = model.wanted_view(stack, rendered, canonical, name)
+        if name not in seen.services:
+            changes.append(Change(f"create service {stack.name}_{name} ({stack.services[name].image})"))
+            to_deploy.append(name)
+        elif lines := model.differences(model.seen_view(seen.services[name], seen.networks), wanted):
+            changes.append(Change(f"update service {stack.name}_{name}", tuple(lines)))
+            to_deploy.append(name)
+    remove = tuple(name for name in seen.services if name not in stack.services)
+    changes += [Change(f"remove service {stack.name}_{name} (its volumes stay)") for name in remove]
+    return Plan(
+        stack=stack,
+        seen=seen,
+        places=places,
+        rendered=rendered,
+        build=to_build,
+        ship={name: tuple(hosts) for name, hosts in missing.items() if hosts},
+        files=files,
+        services=tuple(to_deploy),
+        remove=remove,
+        changes=tuple(changes),
+        notes=tuple(where.note for where in places.values() if where.note),
+    )
+
+
+def _generation(name: str, where: Place, seen: Seen) -> int:
+    """The lowest generation that may live. What a service has already is kept: raising it restarts the task."""
+    raw = seen.services.get(name)
+    if raw is not None:
+        env = model.pairs(raw["Spec"]["TaskTemplate"]["ContainerSpec"].get("Env"))
+        given = env.get("SWARMMAIL_GENERATION", "")
+        if given.isdigit() and int(given) <= where.generation:
+            return int(given)
+    return where.generation
+
+
+def _ports_free(stack: StackFile, seen: Seen, places: Mapping[str, Place]) -> None:
+    for name, where in places.items():
+        runs_there = any(
+            seen.host_of(task) == where.host and task["Status"]["State"] == "running"
+            for task in seen.tasks.get(name, ())
+        )
+        if runs_there:
+            continue
+        taken = sorted(set(stack.services[name].ports) & seen.observed.hosts[where.host].listening)
+        if taken:
+            raise Refused(
+                f"port {', '.join(map(str, taken))} is taken by another program",
+                host=where.host,
+                step=f"place {name}",
+                hint=f"see which on that host: ss -ltnp 'sport = :{taken[0]}'; stop it, then deploy again",
+            )
+
+
+def _images(
+    fleet: Fleet, stack: StackFile, targets: Mapping[str, list[str]]
+) -> tuple[dict[str, images.ImageInfo], dict[str, list[str]]]:
+    """Images that are known by their tag, and for each service the hosts that lack it."""
+    known: dict[str, images.ImageInfo] = {}
+    missing: dict[str, list[str]] = {}
+    for name, service in stack.services.items():
+        for host in targets[name]:
+            with fleet[host].doing("look for images"):
+                info = images.inspect(fleet[host].docker, service.image)
+            if info is None:
+                missing.setdefault(name, []).append(host)
+            else:
+                known[service.image] = info
+    lacking = [stack.services[name] for name in missing if stack.services[name].image not in known]
+    if lacking:
+        assert fleet.inventory.stack is not None
+        where = images.builder(fleet, fleet.inventory.stack.build)
+        for service in lacking:
+            info = images.inspect(where.api, service.image)
+            if info is not None:
+                known[service.image] = info
+            elif service.build is None:
+                raise Refused(
+                    f"image {service.image} is neither on its host nor on {where.name}",
+                    step=f"image of {service.name}",
+                    hint=f"docker pull {service.image} on one of them",
+                )
+    return known, missing
+
+
+def _command(service: Service, image: images.ImageInfo | None, seen: Seen) -> tuple[str, ...]:
+    """What the container runs behind the fence (Compose: an entrypoint in the file drops the image's command)."""
+    if image is None:
+        raw = seen.services.get(service.name)
+        return tuple(raw["Spec"]["TaskTemplate"]["ContainerSpec"].get("Args") or ()) if raw is not None else ()
+    entrypoint = service.entrypoint if service.entrypoint is not None else image.entrypoint
+    inherited = image.command if service.entrypoint is None else ()
+    return (*entrypoint, *(service.command if service.command is not None else inherited))
+
+
+def _files(fleet: Fleet, stack: StackFile) -> tuple[dict[tuple[str, str], bytes], dict[str, str], dict[str, str]]:
+    """Configs and secrets: contents, and the names by content of those that the stack file uses."""
+    files: dict[tuple[str, str], bytes] = {}
+    secrets: dict[str, str] = {}
+    used = stack.document.value.get("secrets") or {}
+    tls = fleet.inventory.stack.tls if fleet.inventory.stack is not None else None
+    for name, which in model.SECRETS.items():
+        if name not in used:
+            continue
+        if tls is None:
+            raise InputError([f"{fleet.inventory.path}: stack.tls: missing; {stack.path} uses the secret {name}"])
+        data = getattr(tls, which).read_bytes()
+        secrets[name] = f"{stack.name}_{name}_{content.digest(data)}"
+        files[("secret", secrets[name])] = data
+    fence = f"{stack.name}_fence_{content.digest(_FENCE)}"
+    files[("config", fence)] = _FENCE
+    return files, secrets, {model.FENCE: fence}
+
+
+def _objects(seen: Seen) -> set[tuple[str, str]]:
+    with seen.manager.doing("read configs and secrets"):
+        api = seen.manager.docker
+        return {("config", raw["Spec"]["Name"]) for raw in api.configs()} | {
+            ("secret", raw["Spec"]["Name"]) for raw in api.secrets()
+        }
+
+
+def _settings(fleet: Fleet) -> str:
+    assert fleet.inventory.stack is not None
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in fleet.inventory.stack.settings.items())
+
+
+def _canonical(fleet: Fleet, stack: StackFile, seen: Seen, rendered: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What Docker makes of the rendered file. Raises InputError with Docker's own words when it refuses."""
+    result = seen.manager.run(
+        f"{_settings(fleet)} docker stack config -c -",
+        stdin=json.dumps(rendered),
+        step="docker stack config",
+        check=False,
+    )
+    if not result.ok:
+        words = " ".join(result.stderr.split())
+        raise InputError([f"{stack.path}: docker stack config on {seen.manager.name} says: {words}"])
+    value: Mapping[str, Any] = YAML(typ="safe", pure=True).load(result.stdout)
+    return value
+
+
+# ---- doing ----
+
+
+def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
+    """Every step may be done twice: what is there is left. So a run that was killed is finished by the next."""
+    assert fleet.inventory.stack is not None
+    if plan.build or plan.ship:
+        where = images.builder(fleet, fleet.inventory.stack.build)
+        built = {service.image: images.build(where, _folder(service), service.image) for service in plan.build}
+        for name, hosts in plan.ship.items():
+            images.ship(fleet, where, stack.services[name].image, list(hosts))
+        plan = decide(fleet, stack, built)  # only now it is known what the images run
+    for name, where_to in plan.places.items():
+        if where_to.new:
+            _make_volumes(fleet, stack, stack.services[name], where_to, plan.seen)
+        if where_to.label:
+            node = plan.seen.swarm.node_of(where_to.host)
+            assert node is not None
+            swarm.set_label(plan.seen.manager, node.id, stack.services[name].place_label, PLACED)
+    _make_files(plan)
+    if plan.services or plan.remove:
+        report.progress(f"docker stack deploy {stack.name}", plan.seen.manager.name)
+        plan.seen.manager.run(
+            f"{_settings(fleet)} docker stack deploy --detach=true --resolve-image never --prune -c - {stack.name}",
+            stdin=json.dumps(plan.rendered),
+            step="docker stack deploy",
+            timeout=120,
+        )
+    _wait(fleet, stack, plan)
+    _prune(plan)
+
+
+def _folder(service: Service) -> Any:
+    assert service.build is not None
+    return service.build
+
+
+def _make_volumes(fleet: Fleet, stack: StackFile, service: Service, where: Place, seen: Seen) -> None:
+    """Make the volumes with their markers. A volume that holds anything else is somebody's data: refused."""
+    host = fleet[where.host]
+    node = seen.swarm.node_of(where.host)
+    assert node is not None
+    owner = service.user if service.user.replace(":", "").isdigit() else ""
+    for volume in service.volumes:
+        name = stack.volume_name(volume)
+        labels = {
+            model.STACK_LABEL: stack.name,
+            "swarmmail.cluster": fleet.inventory.cluster,
+            "swarmmail.service": service.name,
+        }
+        with host.doing(f"make volume {name}"):
+            folder = host.docker.create_volume(name, labels=labels)["Mountpoint"]
+        marker = "\n".join(
+            (
+                f"cluster={fleet.inventory.cluster}",
+                f"service={service.name}",
+                f"generation={where.generation}",
+                f"node={node.id}",
+                f"state={LIVE}",
+                "",
+            )
+        )
+        script = (
+            f"cd {shlex.quote(folder)} || exit 1\n"
+            'found=$(ls -A | grep -v "^[.]swarmmail-volume" | head -1)\n'
+            'if [ ! -e .swarmmail-volume ] && [ -n "$found" ]; then\n'
+            'echo "holds $found and has no marker" >&2; exit 3; fi\n'
+            f"{f'chown {owner} .' if owner else ':'}\n"
+            "umask 022; cat >.swarmmail-volume.new && mv .swarmmail-volume.new .swarmmail-volume\n"
+        )
+        result = host.run(script, stdin=marker, step=f"make volume {name}", check=False)
+        if result.status == 3:
+            raise Refused(
+                f"volume {name} {result.stderr.strip()}: it may be somebody's data",
+                host=host.name,
+                step=f"make volume {name}",
+                hint=f"look into it; if it is not needed: docker volume rm {name} on that host",
+            )
+        if not result.ok:
+            raise HostError(result.stderr.strip() or "failed", host=host.name, step=f"make volume {name}")
+
+
+def _make_files(plan: Plan) -> None:
+    api = plan.seen.manager.docker
+    for (kind, name), data in plan.files.items():
+        make = api.create_config if kind == "config" else api.create_secret
+        with plan.seen.manager.doing(f"make {kind} {name}"):
+            try:
+                make(name, data, labels={STACK_OBJECT: plan.stack.name})
+            except docker.errors.APIError as error:
+                if "already exists" not in str(error):
+                    raise
+
+
+def _prune(plan: Plan) -> None:
+    """Remove configs and secrets of ours that nothing uses; the Swarm itself refuses those in use."""
+    api, manager = plan.seen.manager.docker, plan.seen.manager
+    label = {"label": f"{STACK_OBJECT}={plan.stack.name}"}
+    with manager.doing("remove old configs and secrets"):
+        using = json.dumps(api.services(filters={"label": f"{model.STACK_LABEL}={plan.stack.name}"}))
+        for found, remove in ((api.configs, api.remove_config), (api.secrets, api.remove_secret)):
+            for raw in found(filters=label):
+                # the previous specification of a service counts too: a rollback needs it
+                if raw["ID"] not in using:
+                    with contextlib.suppress(docker.errors.APIError):
+                        remove(raw["ID"])
+
+
+# ---- waiting: what counts is the running task, not the CLI's exit status (docker/cli#6752) ----
+
+
+def _wait(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
+    """Wait until each service's container on its host runs the wanted image and is healthy.
+
+    Raises:
+        HostError: a task can't start; with the scheduler's own words and the container's last lines.
+        Deadline: not within the limit.
+    """
+    deadline = time.monotonic() + START_LIMIT
+    failures: dict[str, set[str]] = {}
+    pause = 0.05
+    while True:
+        seen = services.observe(fleet, plan.seen.observed)
+        states = {name: _state(fleet, stack, seen, name, failures) for name in stack.services}
+        if all(state == "ready" for state in states.values()):
+            return
+        if time.monotonic() > deadline:
+            waiting = ", ".join(f"{name}: {state}" for name, state in states.items() if state != "ready")
+            raise Deadline(
+                f"not running after {START_LIMIT} s: {waiting}", step="deploy", hint="see: fab status; then fab deploy"
+            )
+        time.sleep(pause)
+        pause = min(0.5, pause * 1.5)
+
+
+def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, failures: dict[str, set[str]]) -> str:
+    raw = seen.services.get(name)
+    if raw is None:
+        return "no such service"
+    wanted = raw["Spec"]["TaskTemplate"]["ContainerSpec"]
+    current = [task for task in seen.tasks[name] if task["Spec"]["ContainerSpec"] == wanted]
+    if not current:
+        return "no task yet"
+    for task in current:
+        if task["Status"]["State"] in ("failed", "rejected"):
+            failures.setdefault(name, set()).add(task["ID"])
+    newest = current[0]
+    status, host = newest["Status"], seen.host_of(newest)
+    state = str(status["State"])
+    problem = str(status.get("Err", ""))
+    bad = [task for task in current if task["ID"] in failures.get(name, ())]
+    if any(task["Status"]["State"] == "rejected" for task in bad) or len(bad) > 1:
+        raise _cannot_start(fleet, seen, name, bad[0])
+    if state == "pending" and problem and "no suitable node" in problem:
+        raise HostError(problem, step=f"start {name}", hint="see: fab status")
+    if state != "running":
+        return f"{state} {problem}".strip()
+    container = (status.get("ContainerStatus") or {}).get("ContainerID")
+    if not container or host not in fleet.inventory.hosts:
+        return "running on a host that is not in the inventory"
+    with fleet[host].doing(f"look at {name}"):
+        try:
+            there = fleet[host].docker.inspect_container(container)
+        except docker.errors.NotFound:
+            return "its container has just gone"
+        image = images.inspect(fleet[host].docker, stack.services[name].image)
+    if image is None or there["Image"] != image.id:
+        return "runs another image"
+    health = (there["State"].get("Health") or {}).get("Status", "healthy")
+    return "ready" if health == "healthy" and there["State"]["Running"] else f"running, {health}"
+
+
+def _cannot_start(fleet: Fleet, seen: Seen, name: str, task: Mapping[str, Any]) -> HostError:
+    host = seen.host_of(task)
+    words = str(task["Status"].get("Err", "")) or str(task["Status"].get("Message", ""))
+    container = (task["Status"].get("ContainerStatus") or {}).get("ContainerID")
+    if container and host in fleet.inventory.hosts:
+        logs = fleet[host].run(f"docker logs --tail 5 {container} 2>&1", step="read its log", check=False, timeout=20)
+        lines = [line.strip() for line in logs.stdout.splitlines() if line.strip()]
+        said = next((line for line in lines if line.startswith("swarmmail: ")), lines[-1] if lines else "")
+        words += f"; it said: {said}" if said else ""
+    return HostError(words, host=host or None, step=f"start {name}", hint="mend it, then run: fab deploy")

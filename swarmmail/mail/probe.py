@@ -1,0 +1,169 @@
+"""The end-to-end probe: a mail with a random token goes in by SMTP and is read back by IMAP.
+
+Both sides are reached by the hosts' own published ports, through the SSH connection. Both must show the very
+certificate that was deployed. The probe's account exists only while it runs.
+"""
+
+from __future__ import annotations
+
+import imaplib
+import secrets
+import smtplib
+import ssl
+import time
+from dataclasses import dataclass
+
+import tenacity
+
+from swarmmail import report
+from swarmmail.hosts.fleet import Fleet
+from swarmmail.mail.accounts import Accounts
+from swarmmail.model.errors import HostError, InputError, SwarmmailError
+from swarmmail.model.stack import StackFile
+
+USER = "swarmmail-probe"
+LIMIT = 30  # seconds from 250 to the mailbox
+TIMEOUT = 15  # seconds for one answer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the probe saw. Times in seconds."""
+
+    token: str
+    mta: str
+    mda: str
+    accepted: float
+    delivered: float
+
+    def __str__(self) -> str:
+        return (
+            f"mail taken by {self.mta} (SMTP) and read back from {self.mda} (IMAP) "
+            f"{self.delivered:.2f} s after it was accepted"
+        )
+
+
+def _context() -> ssl.SSLContext:
+    """TLS without a certificate authority: the certificate is compared with the deployed one instead."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def run(fleet: Fleet, stack: StackFile, token: str | None = None) -> Outcome:
+    """Send and read back one mail.
+
+    Raises:
+        SwarmmailError: which side failed, and how.
+    """
+    inventory = fleet.inventory
+    assert inventory.stack is not None
+    domain = inventory.stack.settings.get("MAIL_DOMAIN", "").split()
+    if not domain:
+        raise InputError([f"{inventory.path}: stack.settings.MAIL_DOMAIN: missing; the probe needs an address in it"])
+    address = f"{USER}@{domain[0].rstrip(',')}"
+    accounts = Accounts(fleet)
+    token = secrets.token_hex(16) if token is None else token
+    password = secrets.token_urlsafe(24)
+    if address in accounts.list():
+        accounts.remove(address, mail=True)  # of a run that was killed
+    accounts.add(address, password)
+    try:
+        return _send_and_read(fleet, stack, accounts, address, password, token)
+    finally:
+        accounts.remove(address, mail=True)
+
+
+def _send_and_read(
+    fleet: Fleet, stack: StackFile, accounts: Accounts, address: str, password: str, token: str
+) -> Outcome:
+    mta, mda = accounts.mta.host, accounts.mda.host
+    report.progress(f"probe: SMTP to {mta.name}, IMAP from {mda.name}")
+    ports = {role: _ports(stack, role) for role in ("mta", "mda")}
+    with mta.forward(mta.spec.advertise, 25) as port:
+        _submit(fleet, mta.name, port, address, token)
+    accepted = time.monotonic()
+    imaps = 993 in ports["mda"]
+    with mda.forward(mda.spec.advertise, 993 if imaps else 143) as port:
+        try:
+            client = _login(fleet, mda.name, port, imaps, address, password)
+            try:
+                _await(client, token)
+            finally:
+                client.logout()
+        except tenacity.RetryError:
+            raise SwarmmailError(
+                f"mail accepted by {mta.name} was not in the mailbox after {LIMIT} s",
+                host=mda.name,
+                step="probe",
+                hint="see docs/runbooks/mail-stuck-in-the-queue.md",
+            ) from None
+        except (imaplib.IMAP4.error, OSError, EOFError) as error:
+            raise HostError(f"IMAP: {error}", host=mda.name, step="probe", hint="see: fab status") from None
+    return Outcome(token, mta.name, mda.name, accepted, time.monotonic() - accepted)
+
+
+def _ports(stack: StackFile, role: str) -> tuple[int, ...]:
+    service = stack.by_role(role)
+    return service.ports if service is not None else ()
+
+
+def _same_certificate(fleet: Fleet, host: str, shown: bytes | None) -> None:
+    stack = fleet.inventory.stack
+    if stack is None or stack.tls is None:
+        return
+    first = stack.tls.certificate.read_text().split("-----END CERTIFICATE-----")[0] + "-----END CERTIFICATE-----\n"
+    if shown != ssl.PEM_cert_to_DER_cert(first[first.index("-----BEGIN") :]):
+        raise HostError("shows another certificate than the deployed one", host=host, step="probe TLS")
+
+
+def _submit(fleet: Fleet, host: str, port: int, address: str, token: str) -> None:
+    message = (
+        f"From: <{address}>\r\nTo: <{address}>\r\nSubject: swarmmail probe {token}\r\n"
+        f"Message-ID: <{token}@probe.swarmmail>\r\nDate: {time.strftime('%a, %d %b %Y %H:%M:%S +0000', time.gmtime())}"
+        f"\r\n\r\n{token}\r\n"
+    )
+    try:
+        with smtplib.SMTP("127.0.0.1", port, local_hostname="probe.swarmmail.invalid", timeout=TIMEOUT) as smtp:
+            smtp.ehlo()
+            if smtp.has_extn("starttls"):
+                smtp.starttls(context=_context())
+                sock = smtp.sock
+                _same_certificate(fleet, host, sock.getpeercert(True) if isinstance(sock, ssl.SSLSocket) else None)
+            smtp.sendmail("", [address], message)
+    except (smtplib.SMTPException, OSError) as error:
+        raise HostError(f"SMTP: {error}", host=host, step="probe", hint="see: fab status") from None
+
+
+def _login(fleet: Fleet, host: str, port: int, imaps: bool, address: str, password: str) -> imaplib.IMAP4:
+    client: imaplib.IMAP4
+    if imaps:
+        client = imaplib.IMAP4_SSL("127.0.0.1", port, ssl_context=_context(), timeout=TIMEOUT)
+    else:
+        client = imaplib.IMAP4("127.0.0.1", port, timeout=TIMEOUT)
+        client.starttls(_context())
+    sock = client.socket()
+    _same_certificate(fleet, host, sock.getpeercert(True) if isinstance(sock, ssl.SSLSocket) else None)
+    client.login(address, password)
+    return client
+
+
+def _await(client: imaplib.IMAP4, token: str) -> None:
+    """Poll the mailbox until the token is there, then remove the mail. Raises tenacity.RetryError."""
+
+    def look() -> list[bytes]:
+        client.select("INBOX")
+        found: list[bytes] = client.search(None, "SUBJECT", token)[1][0].split()
+        return found
+
+    found = tenacity.Retrying(
+        retry=tenacity.retry_if_result(lambda numbers: not numbers),
+        stop=tenacity.stop_after_delay(LIMIT),
+        wait=tenacity.wait_fixed(0.1),
+    )(look)
+    body = client.fetch(found[0].decode(), "(BODY[TEXT])")[1][0]
+    if not isinstance(body, tuple) or token.encode() not in body[1]:
+        raise imaplib.IMAP4.error("the mail came without its token")
+    client.store(found[0].decode(), "+FLAGS", "\\Deleted")
+    client.expunge()

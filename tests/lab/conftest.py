@@ -1,0 +1,425 @@
+"""What the lab tests share: real hosts, the real command line.
+
+Fixtures
+    ``project``   a folder with what a checkout has, and a lab of its own: a ``Project``. One for the whole session.
+    ``lab``       the same project with three hosts up (``host1`` .. ``host3``), in whatever state tests left them.
+    ``fresh``     ``lab`` with the hosts clean: Docker runs, its images are kept, and there is no swarm, mesh, lock,
+                  container, volume or network. About 1.3 s, and nothing when they are clean already.
+    ``clustered`` ``lab`` after a ``fab bootstrap`` of ``CLUSTER`` (0.6 s when there is nothing to do).
+    ``fab``       ``project.fab``.
+    ``make_project``  for tests that need other hosts: ``make_project("name")`` is a project whose lab is removed
+                  at the end of the test module.
+
+Project
+    ``fab(*words, env=, check=, timeout=)`` runs the command line in the folder, without a terminal: a ``Result``.
+    ``check=0`` (any status) fails the test unless the command ends with it. ``start`` does not wait for it.
+    ``inventory(name, hosts=, **changes)`` writes ``inventories/NAME.yml`` and returns NAME, for ``--inventory``.
+    ``sh(host, script)`` runs a script on a host past SSH (for breaking things, and when SSH is broken).
+    ``host(name)`` is a ``swarmmail.hosts.connection.Host``: SSH and Docker API, for looking.
+    ``up(hosts, bare)``, ``stop(host)``, ``reboot(host)``, ``reset(*hosts)``, ``address(host)``, ``bridge``.
+
+Tests never touch a lab of the checkout itself. A killed session leaves its lab behind; the next one removes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarmmail import lab as labs
+from swarmmail.hosts.connection import Host
+from swarmmail.hosts.fleet import Fleet
+from swarmmail.model import inventory as model
+from swarmmail.model.errors import SwarmmailError
+
+REPO = Path(__file__).resolve().parents[2]
+HOSTS = ("host1", "host2", "host3")
+CLUSTER = "cluster"
+"""Name of the inventory that ``clustered`` uses: three managers, no stack."""
+
+# Docker is killed and its state taken away, because `swarm leave` of the last of three managers waits 5 s for
+# the others, and what a test broke might keep it from working at all. Images stay: they are what takes time.
+_RESET = """
+PATH=$PATH:/usr/sbin:/sbin
+clean() {
+  [ "$(systemctl is-system-running)" = running ] &&
+  [ ! -e /etc/swarmmail ] && [ ! -e /etc/wireguard/swarmmail.conf ] && [ ! -e /etc/wireguard/swarmmail.key ] &&
+  [ ! -e /run/swarmmail-lock ] && [ ! -e /etc/systemd/system/docker.service.d ] &&
+  [ "$(docker info -f '{{.Swarm.LocalNodeState}} {{.Containers}}' 2>/dev/null)" = 'inactive 0' ] &&
+  [ -z "$(docker volume ls -q)" ] && [ "$(docker network ls -q | wc -l)" = 3 ]
+}
+clean && exit 0
+systemctl kill -s KILL docker.service 2>/dev/null
+systemctl stop docker.service docker.socket wg-quick@swarmmail swarmmail-guard 2>/dev/null
+for task in $(ctr -n moby tasks list -q 2>/dev/null); do
+  ctr -n moby tasks rm -f $task; ctr -n moby containers rm $task
+done >/dev/null 2>&1
+systemctl -q disable wg-quick@swarmmail swarmmail-guard 2>/dev/null
+for link in swarmmail docker_gwbridge; do ip link del $link 2>/dev/null; done
+ip -4 route flush type blackhole 2>/dev/null
+nft flush ruleset
+rm -rf /etc/swarmmail /etc/wireguard/swarmmail.* /etc/systemd/system/swarmmail-guard.service \
+  /etc/systemd/system/docker.service.d /run/swarmmail*
+for mount in $(awk '$2 ~ "^/var/lib/docker/." {print $2}' /proc/mounts | sort -r); do umount -l $mount; done
+cd /var/lib/docker && rm -rf swarm network containers volumes
+systemctl daemon-reload; systemctl reset-failed
+systemctl start docker.socket docker.service
+clean || { echo 'not clean:'; systemctl --failed --no-legend; docker info 2>&1; docker network ls; exit 1; }
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left."""
+
+    words: tuple[str, ...]
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+    @property
+    def events(self) -> list[str]:
+        """Progress lines, without their time."""
+        return [line[11:] for line in self.stderr.splitlines() if _PROGRESS.match(line)]
+
+    @property
+    def errors(self) -> list[str]:
+        """What is on standard error and is no progress."""
+        return [line for line in self.stderr.splitlines() if line.strip() and not _PROGRESS.match(line)]
+
+    def error(self, *parts: str) -> str:
+        """Assert that the command failed with exactly one line, with these parts (patterns) in this order,
+        and with a hint; the line."""
+        assert self.status != 0, self
+        assert "Traceback" not in self.output and "this should not happen" not in self.output, self
+        assert len(self.errors) == 1, self
+        line = self.errors[0]
+        assert re.search(".*".join(parts), line), f"{parts} not in: {line}"
+        assert " -> " in line, f"no hint in: {line}"
+        return line
+
+    def __str__(self) -> str:
+        return (
+            f"fab {' '.join(self.words)}: status {self.status} after {self.seconds:.1f} s\n"
+            f"--- standard output\n{self.stdout}\n--- standard error\n{self.stderr}"
+        )
+
+    __repr__ = __str__
+
+
+_PROGRESS = re.compile(r" *\d+\.\d s  ")
+
+
+class Project:
+    """A folder like a checkout, with a lab of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._fleet: Fleet | None = None
+
+    def make(self) -> None:
+        """The files of a checkout. The code is not copied: PYTHONPATH leads to it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / "inventories").mkdir()
+        (self.root / "home").mkdir()
+        shutil.copy(REPO / "fabfile.py", self.root)
+        shutil.copytree(REPO / "stacks", self.root / "stacks")
+        manual = REPO / "inventories" / "example.yml"
+        if manual.exists():
+            shutil.copy(manual, self.root / "inventories")
+
+    def remove(self) -> None:
+        self._disconnect()
+        if self.root.exists():
+            labs.down(self.root)
+            shutil.rmtree(self.root)
+
+    # -- the command line --
+
+    def environment(self, env: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The tester's own settings must not matter: a home of its own, no inventory chosen."""
+        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "DOCKER_HOST", "TMPDIR")}
+        return {**kept, "HOME": str(self.root / "home"), "PYTHONPATH": str(REPO), **(env or {})}
+
+    def start(self, *words: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fabric", *words],
+            cwd=self.root,
+            env=self.environment(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, process: subprocess.Popen[str], timeout: float = 120) -> Result:
+        """Wait for what ``start`` began; after ``timeout`` seconds it is killed, and the test fails."""
+        began = time.monotonic()
+        words = tuple(str(word) for word in process.args[3:])  # type: ignore[index]
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            pytest.fail(f"took longer than {timeout:g} s: {Result(words, -1, out, err, timeout)}")
+        return Result(words, process.returncode, out, err, time.monotonic() - began)
+
+    def fab(
+        self, *words: str, env: Mapping[str, str] | None = None, check: int | None = None, timeout: float = 120
+    ) -> Result:
+        result = self.finish(self.start(*words, env=env), timeout)
+        if check is not None:
+            assert result.status == check, result
+        return result
+
+    def bootstrap(self, inventory: str, *words: str, **options: Any) -> Result:
+        return self.fab("bootstrap", "--inventory", inventory, *words, **options)
+
+    def inventory(
+        self,
+        name: str,
+        hosts: Sequence[str] | Mapping[str, Mapping[str, Any]] = HOSTS,
+        managers: int = 3,
+        **changes: Any,
+    ) -> str:
+        """Write an inventory without a stack; ``changes`` are merged into its sections.
+
+        ``hosts``: names, of which the first ``managers`` become managers; or a mapping from name to what differs.
+        """
+        known = {machine.name: machine.address for machine in self.lab.machines}
+        differing = hosts if isinstance(hosts, Mapping) else {host: {} for host in hosts}
+        content: dict[str, Any] = {
+            "cluster": "test",
+            "ssh": {"user": "root", "key": "../.lab/id_ed25519", "known_hosts": "../.lab/known_hosts"},
+            "hosts": {
+                host: {"address": known.get(host), "role": "manager" if i < managers else "worker", **different}
+                for i, (host, different) in enumerate(differing.items())
+            },
+        }
+        for section, change in changes.items():
+            content[section] = {**content.get(section, {}), **change} if isinstance(change, Mapping) else change
+        # JSON is YAML
+        (self.root / "inventories" / f"{name}.yml").write_text(json.dumps(content, indent=2) + "\n")
+        return name
+
+    # -- the hosts --
+
+    @property
+    def lab(self) -> labs.Lab:
+        return labs.status(self.root)
+
+    def up(self, hosts: int = 3, bare: int = 0) -> labs.Lab:
+        """Make missing hosts, start stopped ones."""
+        return labs.up(self.root, hosts, bare)
+
+    def address(self, host: str) -> str:
+        return self.lab.address(host)
+
+    @property
+    def gateway(self) -> str:
+        """Address of this machine on the lab's network: to the hosts, a stranger's."""
+        return re.sub(r"\.0/\d+$", ".1", self.lab.subnet or "")
+
+    @property
+    def bridge(self) -> str:
+        return self.lab.bridge
+
+    def container(self, host: str) -> str:
+        return self.lab.container(host)
+
+    def _docker(self, *words: str, stdin: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["docker", *words], input=stdin, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    def sh(self, host: str, script: str, *, check: bool = True, timeout: float = 60) -> str:
+        """Run a script as root on a host, past SSH; what it wrote on both streams."""
+        done = self._docker("exec", "-i", self.container(host), "sh", "-s", stdin=script + "\n", timeout=timeout)
+        assert done.returncode == 0 or not check, f"{host}: {script}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def stop(self, host: str) -> None:
+        """Pull the plug."""
+        assert self._docker("kill", self.container(host)).returncode == 0
+        self._disconnect()
+
+    def reboot(self, host: str) -> None:
+        """Clean shutdown and start, until SSH and Docker answer."""
+        assert self._docker("restart", "-t", "20", self.container(host)).returncode == 0
+        self._disconnect()
+        machines = self.lab.machines
+        self.up(sum(m.variant == "host" for m in machines), sum(m.variant == "bare" for m in machines))
+
+    def reset(self, *hosts: str) -> None:
+        """Make the hosts clean again (see ``fresh``); all, when none is named. Stopped ones are started."""
+        machines = self.lab.machines
+        if any(machine.state != "running" for machine in machines):
+            self.up(sum(m.variant == "host" for m in machines), sum(m.variant == "bare" for m in machines))
+        chosen = hosts or tuple(machine.name for machine in machines if machine.variant == "host")
+        self._disconnect()
+        with ThreadPoolExecutor(len(chosen)) as pool:
+            list(pool.map(lambda host: self.sh(host, _RESET), chosen))
+
+    def host(self, name: str) -> Host:
+        """For looking at a host as the code does, by SSH as root."""
+        if self._fleet is None:
+            self.inventory("looking", [machine.name for machine in self.lab.machines])
+            self._fleet = Fleet(model.load(self.root / "inventories" / "looking.yml"))
+            (self.root / "inventories" / "looking.yml").unlink()
+        return self._fleet[name]
+
+    def _disconnect(self) -> None:
+        if self._fleet is not None:
+            self._fleet.close()
+        self._fleet = None
+
+
+def eventually(good: Callable[[], Any], seconds: float, what: str = "") -> float:
+    """Wait until something holds; after how many seconds it did. Fails the test when it does not."""
+    began = time.monotonic()
+    while not good():
+        assert time.monotonic() - began < seconds, f"not within {seconds:g} s: {what or good}"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A session that is asked to end (SIGTERM) tears its labs down; pytest itself does so for SIGINT only."""
+
+    def end(number: int, frame: Any) -> None:
+        pytest.exit("terminated", 128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+@pytest.fixture(scope="session")
+def place() -> Iterator[Path]:
+    """A folder whose name the next session finds again: a lab's names derive from its folder, so what a killed
+    session left can be removed. Sessions at the same time (they hold a lock on their folder) do not meet."""
+    digest = hashlib.sha256(str(REPO).encode()).hexdigest()[:8]
+    base = Path(tempfile.gettempdir()) / f"swarmmail-tests-{getpass.getuser()}-{digest}"
+    mine: Path | None = None
+    with _handles() as locks:
+        for number in range(1, 10):
+            folder = base / str(number)
+            if mine is not None and not folder.exists():
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+            locks.append(handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            for left in sorted(folder.iterdir()):
+                with _clearly():
+                    Project(left).remove()
+            mine = mine or folder
+        assert mine is not None, f"nine sessions run in {base}"
+        yield mine
+        for left in sorted(mine.iterdir()):
+            Project(left).remove()
+
+
+class _handles(list[int]):
+    """File handles that are closed at the end of a block."""
+
+    def __enter__(self) -> _handles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self:
+            os.close(handle)
+
+
+class _clearly:
+    """Without Docker lab tests fail, with a sentence; a skip would look like success."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, SwarmmailError):
+            pytest.fail(f"the lab tests need Docker on this machine: {error}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def project(place: Path) -> Iterator[Project]:
+    made = Project(place / "main")
+    made.make()
+    try:
+        yield made
+    finally:
+        made.remove()
+
+
+@pytest.fixture(scope="module")
+def make_project(place: Path) -> Iterator[Callable[[str], Project]]:
+    made: list[Project] = []
+
+    def make(name: str) -> Project:
+        made.append(Project(place / name))
+        made[-1].make()
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for one in made:
+            one.remove()
+
+
+@pytest.fixture(scope="session")
+def _hosts(project: Project) -> Project:
+    with _clearly():
+        project.up(len(HOSTS))
+    project.inventory(CLUSTER)
+    return project
+
+
+@pytest.fixture
+def lab(_hosts: Project) -> Project:
+    if any(machine.state != "running" for machine in _hosts.lab.machines):
+        _hosts.up(len(HOSTS))
+    return _hosts
+
+
+@pytest.fixture
+def fresh(lab: Project) -> Project:
+    lab.reset()
+    return lab
+
+
+@pytest.fixture
+def clustered(lab: Project) -> Project:
+    if lab.bootstrap(CLUSTER).status != 0:
+        lab.reset()
+        lab.bootstrap(CLUSTER, check=0)
+    return lab
+
+
+@pytest.fixture
+def fab(project: Project) -> Callable[..., Result]:
+    return project.fab
