@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import fabric
 import paramiko
 import tenacity
+from fabric.tunnels import Tunnel
 from paramiko.ssh_exception import NoValidConnectionsError
 
 from swarmmail.model.errors import Deadline, HostError, SwarmmailError, Unreachable
@@ -327,14 +328,37 @@ class Host:
 
     @contextlib.contextmanager
     def forward(self, address: str, port: int) -> Iterator[int]:
-        """Reach ``address:port`` as this host does; yields a port on the loopback of this machine."""
-        self.open()
-        assert self._connection is not None
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            local = probe.getsockname()[1]
-        with self._connection.forward_local(local, remote_port=port, remote_host=address):
-            yield local
+        """Reach ``address:port`` as this host does; yields a port on the loopback of this machine.
+
+        Fabric's own ``forward_local`` yields before its socket listens; its pump is used here all the same.
+        """
+        transport = self.transport
+        finished = threading.Event()
+        pumps: list[Tunnel] = []
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def serve() -> None:
+                with contextlib.suppress(OSError):
+                    while True:
+                        sock, peer = server.accept()
+                        try:
+                            channel = transport.open_channel("direct-tcpip", (address, port), peer, timeout=15)
+                        except (paramiko.SSHException, EOFError):
+                            sock.close()  # nobody listens there: the client sees its connection end
+                            continue
+                        pump = Tunnel(channel=channel, sock=sock, finished=finished)
+                        pump.start()
+                        pumps.append(pump)
+
+            threading.Thread(target=serve, daemon=True).start()
+            try:
+                yield server.getsockname()[1]
+            finally:
+                finished.set()
+                with contextlib.suppress(OSError):
+                    server.shutdown(socket.SHUT_RDWR)
+                for pump in pumps:
+                    pump.join(2)
 
     @contextlib.contextmanager
     def doing(self, step: str) -> Iterator[None]:

@@ -45,6 +45,8 @@ _REMOVAL = 15  # seconds for Docker to finish removals that are under way
 # what the machine itself uses.
 _INOTIFY, _INOTIFY_REST = 8, 16
 
+_ANEW = "lab.down, then lab.up: makes the lab anew"
+
 # Version 2 of control groups, else version 1: bytes in use, then the statistics.
 _MEMORY = """cd /sys/fs/cgroup
 if [ -e memory.current ]; then cat memory.current memory.stat; else
@@ -281,6 +283,7 @@ class ContainerDriver:
                 f"Docker in the host did not start (status {code}): {output}\n{self._last_words(host.name)}",
                 host=host.name,
                 step="start Docker",
+                hint=_ANEW,
             )
         code, output = self._run(host.name, ["docker", "version", "-f", "{{.Server.Version}}"], 20)
         if code:
@@ -313,6 +316,7 @@ class ContainerDriver:
                         f"\n{self._last_words(host.name)}",
                         host=host.name,
                         step="boot",
+                        hint=_ANEW,
                     ) from error
 
     def _let_in(self, host: Planned, access: Access) -> bool:
@@ -340,7 +344,9 @@ class ContainerDriver:
         api = self.client.api
         job = api.exec_create(self.naming.container(name), ["timeout", "-k", "2", str(seconds), *command])
         output = api.exec_start(job["Id"])
-        return api.exec_inspect(job["Id"])["ExitCode"], output.decode(errors="replace").strip()
+        while (code := api.exec_inspect(job["Id"])["ExitCode"]) is None:  # its output ends a little before it
+            time.sleep(0.01)
+        return code, output.decode(errors="replace").strip()
 
     def _last_words(self, name: str) -> str:
         """The end of the host's journal; of the container's output when nothing runs any more."""

@@ -40,8 +40,9 @@ def _show(found: lab.Lab) -> None:
 def up(c: Any, hosts: int = 3, bare: int = 0) -> None:
     """Make hosts on this machine (containers of its Docker) and the inventory `lab`.
 
-    Changes on this machine: containers, volumes and a network of its Docker, the folder .lab and the file
-    inventories/lab.yml. Hosts that are there stay as they are. With --bare, also hosts without Docker.
+    --hosts N: host1 to hostN, with Docker. --bare N: also bare1 to bareN, without. Hosts that are there stay
+    as they are, also those beyond N. Changes on this machine: containers, volumes and a network of its
+    Docker, the folder .lab and the file inventories/lab.yml.
     """
     made = lab.up(_root(), hosts, bare)
     _show(lab.status(made.root))

@@ -7,8 +7,9 @@ Fixtures
                   container, volume or network. About 1.3 s, and nothing when they are clean already.
     ``clustered`` ``lab`` after a ``fab bootstrap`` of ``CLUSTER`` (0.6 s when there is nothing to do).
     ``fab``       ``project.fab``.
-    ``make_project``  for tests that need other hosts: ``make_project("name")`` is a project whose lab is removed
-                  at the end of the test module.
+    ``make_project``  for a test that needs other hosts: ``make_project("name")`` is a project whose lab is removed
+                  at the end of the test; ``with temporary(place, "name") as project`` is the same for a fixture of
+                  another scope. A host costs 50 MiB, and a stock kernel allows 14 on a machine (inotify): be sparing.
 
 Project
     ``fab(*words, env=, check=, timeout=)`` runs the command line in the folder, without a terminal: a ``Result``.
@@ -16,6 +17,7 @@ Project
     ``inventory(name, hosts=, **changes)`` writes ``inventories/NAME.yml`` and returns NAME, for ``--inventory``.
     ``sh(host, script)`` runs a script on a host past SSH (for breaking things, and when SSH is broken).
     ``host(name)`` is a ``swarmmail.hosts.connection.Host``: SSH and Docker API, for looking.
+    ``image(host)`` gives a host a tiny image (``sleep``, ``echo``), without any registry; its name.
     ``up(hosts, bare)``, ``stop(host)``, ``reboot(host)``, ``reset(*hosts)``, ``address(host)``, ``bridge``.
 
 Tests never touch a lab of the checkout itself. A killed session leaves its lab behind; the next one removes it.
@@ -23,6 +25,7 @@ Tests never touch a lab of the checkout itself. A killed session leaves its lab 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import getpass
 import hashlib
@@ -151,7 +154,7 @@ class Project:
             shutil.copy(manual, self.root / "inventories")
 
     def remove(self) -> None:
-        self._disconnect()
+        self.disconnect()
         if self.root.exists():
             labs.down(self.root)
             shutil.rmtree(self.root)
@@ -263,12 +266,12 @@ class Project:
     def stop(self, host: str) -> None:
         """Pull the plug."""
         assert self._docker("kill", self.container(host)).returncode == 0
-        self._disconnect()
+        self.disconnect()
 
     def reboot(self, host: str) -> None:
         """Clean shutdown and start, until SSH and Docker answer."""
         assert self._docker("restart", "-t", "20", self.container(host)).returncode == 0
-        self._disconnect()
+        self.disconnect()
         machines = self.lab.machines
         self.up(sum(m.variant == "host" for m in machines), sum(m.variant == "bare" for m in machines))
 
@@ -278,7 +281,7 @@ class Project:
         if any(machine.state != "running" for machine in machines):
             self.up(sum(m.variant == "host" for m in machines), sum(m.variant == "bare" for m in machines))
         chosen = hosts or tuple(machine.name for machine in machines if machine.variant == "host")
-        self._disconnect()
+        self.disconnect()
         with ThreadPoolExecutor(len(chosen)) as pool:
             list(pool.map(lambda host: self.sh(host, _RESET), chosen))
 
@@ -290,7 +293,16 @@ class Project:
             (self.root / "inventories" / "looking.yml").unlink()
         return self._fleet[name]
 
-    def _disconnect(self) -> None:
+    def image(self, host: str) -> str:
+        """Made of the host's own programs."""
+        self.sh(
+            host,
+            "docker image inspect tiny >/dev/null 2>&1 || tar -chPf - /bin/sleep /bin/echo "
+            "$(ldd /bin/sleep /bin/echo | grep -o '/[^ ]*' | grep -v : | sort -u) | docker import - tiny >/dev/null",
+        )
+        return "tiny"
+
+    def disconnect(self) -> None:
         if self._fleet is not None:
             self._fleet.close()
         self._fleet = None
@@ -314,6 +326,15 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, end)
 
 
+@contextlib.contextmanager
+def _clearly() -> Iterator[None]:
+    """Without Docker lab tests fail, with a sentence; a skip would look like success."""
+    try:
+        yield
+    except SwarmmailError as error:
+        pytest.fail(f"the lab tests need Docker on this machine: {error}", pytrace=False)
+
+
 @pytest.fixture(scope="session")
 def place() -> Iterator[Path]:
     """A folder whose name the next session finds again: a lab's names derive from its folder, so what a killed
@@ -321,14 +342,14 @@ def place() -> Iterator[Path]:
     digest = hashlib.sha256(str(REPO).encode()).hexdigest()[:8]
     base = Path(tempfile.gettempdir()) / f"swarmmail-tests-{getpass.getuser()}-{digest}"
     mine: Path | None = None
-    with _handles() as locks:
+    with contextlib.ExitStack() as locks:
         for number in range(1, 10):
             folder = base / str(number)
             if mine is not None and not folder.exists():
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
-            locks.append(handle)
+            locks.callback(os.close, handle)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -343,31 +364,10 @@ def place() -> Iterator[Path]:
             Project(left).remove()
 
 
-class _handles(list[int]):
-    """File handles that are closed at the end of a block."""
-
-    def __enter__(self) -> _handles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self:
-            os.close(handle)
-
-
-class _clearly:
-    """Without Docker lab tests fail, with a sentence; a skip would look like success."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, SwarmmailError):
-            pytest.fail(f"the lab tests need Docker on this machine: {error}", pytrace=False)
-
-
-@pytest.fixture(scope="session")
-def project(place: Path) -> Iterator[Project]:
-    made = Project(place / "main")
+@contextlib.contextmanager
+def temporary(place: Path, name: str) -> Iterator[Project]:
+    """A project that ends with the block, and its lab with it."""
+    made = Project(place / name)
     made.make()
     try:
         yield made
@@ -375,20 +375,16 @@ def project(place: Path) -> Iterator[Project]:
         made.remove()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def project(place: Path) -> Iterator[Project]:
+    with temporary(place, "main") as made:
+        yield made
+
+
+@pytest.fixture
 def make_project(place: Path) -> Iterator[Callable[[str], Project]]:
-    made: list[Project] = []
-
-    def make(name: str) -> Project:
-        made.append(Project(place / name))
-        made[-1].make()
-        return made[-1]
-
-    try:
-        yield make
-    finally:
-        for one in made:
-            one.remove()
+    with contextlib.ExitStack() as stack:
+        yield lambda name: stack.enter_context(temporary(place, name))
 
 
 @pytest.fixture(scope="session")
