@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from swarmmail import report
 from swarmmail.cluster import install, lock, mesh, overlay, swarm
@@ -56,6 +57,8 @@ def decide(inventory: Inventory, observed: Observed) -> tuple[Design, Plan]:
 def show(plan: Plan) -> None:
     for note in plan.notes:
         report.warning(note) if "CLEAR TEXT" in note else report.progress(note)
+    for wait in plan.waits:
+        report.warning(wait)
     if plan.steps:
         report.table("plan", ["", "host", "step"], [("+", s.host, s.text) for s in plan.steps])
 
@@ -72,7 +75,7 @@ def run(fleet: Fleet) -> bool:
         return False
     with _locked(fleet, design):
         show(plan)
-        design = apply(fleet, design, plan)
+        apply(fleet, design, plan)
         _check(fleet)
     return True
 
@@ -88,12 +91,26 @@ def _locked(fleet: Fleet, design: Design) -> Iterator[None]:
         yield
 
 
-def apply(fleet: Fleet, design: Design, plan: Plan) -> Design:
+_LAST = ((Action.PROMOTE, Action.DEMOTE, Action.FORGET), (Action.LABEL,), (Action.NETWORK,))
+"""Chains that do not touch each other: done at once when all hosts have joined."""
+
+
+def apply(fleet: Fleet, design: Design, plan: Plan) -> None:
     """Do the steps, phase by phase; within a phase all hosts at once, but roles one after the other."""
-    for action, steps in plan.phases():
-        report.progress(f"{action}: {', '.join(dict.fromkeys(step.host for step in steps))}")
-        _PHASES[action](fleet, design, steps)
-    return design
+
+    def do(action: Action) -> None:
+        if steps := plan.of(action):
+            report.progress(f"{action}: {', '.join(dict.fromkeys(step.host for step in steps))}")
+            _PHASES[action](fleet, design, steps)
+
+    def chain(actions: tuple[Action, ...]) -> None:
+        for action in actions:
+            do(action)
+
+    chain(tuple(action for action in Action if not any(action in last for last in _LAST)))
+    with ThreadPoolExecutor(max_workers=len(_LAST)) as pool:
+        for future in [pool.submit(chain, actions) for actions in _LAST]:
+            future.result()
 
 
 def _manager(fleet: Fleet, design: Design) -> str:

@@ -15,7 +15,8 @@ import re
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -197,13 +198,39 @@ def _archive(api: docker.APIClient, tag: str) -> Iterator[_Archive]:
         yield _Archive(file)
 
 
-def ship(fleet: Fleet, where: Builder, tag: str, names: list[str]) -> None:
-    """Bring an image to hosts, all at once; each gets only the layers that it lacks."""
-    try:
-        with _archive(where.api, tag) as archive:
-            fleet.each(lambda host: _ship_to(host, archive, tag), names)
-    except docker.errors.DockerException as error:
-        raise SwarmmailError(str(error), host=where.name, step=f"save {tag}") from error
+def ship(fleet: Fleet, where: Builder, wanted: Mapping[str, Iterable[str]]) -> None:
+    """Bring images to hosts. ``wanted``: tag to the hosts that lack it.
+
+    All hosts at once; the images of one host one after the other, so that layers which they share go over once.
+    """
+    by_host: dict[str, list[str]] = {}
+    for tag, hosts in wanted.items():
+        for host in hosts:
+            by_host.setdefault(host, []).append(tag)
+    with contextlib.ExitStack() as stack:
+        try:
+            with ThreadPoolExecutor() as pool:
+                opened = pool.map(lambda tag: stack.enter_context(_archive(where.api, tag)), wanted)
+                archives = dict(zip(wanted, opened, strict=True))
+        except docker.errors.DockerException as error:
+            raise SwarmmailError(str(error), host=where.name, step="docker save") from error
+
+        def serve(host: Host) -> None:
+            for tag in by_host[host.name]:
+                _ship_to(host, archives[tag], tag)
+
+        fleet.each(serve, by_host)
+
+
+def prune(host: Host, tag: str, keep: int = 2) -> None:
+    """Remove older images of the same name that we built, but for the newest ``keep`` (a way back)."""
+    with host.doing("remove old images"):
+        found = host.docker.images(filters={"label": f"{LABEL}={tag.rpartition(':')[0]}"})
+        found.sort(key=lambda raw: tag not in (raw.get("RepoTags") or ()))  # stable: the newest first, after ours
+        for raw in found[keep:]:
+            for old in raw.get("RepoTags") or ():
+                with contextlib.suppress(docker.errors.APIError):  # in use: the engine itself refuses
+                    host.docker.remove_image(old)
 
 
 def _ship_to(host: Host, archive: _Archive, tag: str) -> None:

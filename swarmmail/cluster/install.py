@@ -25,7 +25,7 @@ def install(host: Host, packages: str) -> None:
 
 def start_docker(host: Host) -> None:
     host.run(
-        "systemctl -q enable --now docker || { journalctl -u docker -n 3 -o cat >&2; exit 1; }",
+        "systemctl -q enable docker; systemctl restart docker || { journalctl -u docker -n 3 -o cat >&2; exit 1; }",
         step="start Docker",
         timeout=120,
     )

@@ -9,6 +9,7 @@ import docker.errors
 import tenacity
 
 from swarmmail.hosts.connection import Host
+from swarmmail.model.bootstrap import GOSSIP_PORT
 from swarmmail.model.errors import HostError
 from swarmmail.model.swarm import CLUSTER_LABEL, HOST_LABEL, Network, Node, Swarm
 
@@ -116,9 +117,20 @@ def join(host: Host, token: str, address: str, listen: str, manager_address: str
     return str(swarm["NodeID"])
 
 
+# An agent that is still there when the node joins again keeps its old keys: the new one can't listen, all nodes say
+# Ready, and no name resolves (seen: "failed to create memberlist: ... address already in use").
+_AGENT_GONE = f"""
+for i in $(seq 50); do ss -Hltn | grep -q ':{GOSSIP_PORT} ' || exit 0; sleep 0.2; done
+systemctl restart docker
+"""
+
+
 def leave(host: Host) -> None:
+    """Leave, whatever the state, and wait until the node's gossip agent is gone; else restart Docker, which runs
+    no task of a Swarm any more."""
     with host.doing("swarm leave"):
         host.docker.leave_swarm(force=True)
+    host.run(_AGENT_GONE, step="wait for the end of the old Swarm's agent", timeout=120)
 
 
 def change_node(manager: Host, node: str, change: Callable[[dict[str, Any]], None], step: str) -> None:

@@ -147,8 +147,12 @@ class ContainerDriver:
         if machine.state != "running":
             return machine
         # Not from Docker's statistics: they make all but the first who asks wait for the next second.
-        code, text = self._run(machine.name, ["sh", "-c", _MEMORY], 10)
-        return replace(machine, memory=memory_in_use(text)) if code == 0 else machine
+        try:
+            code, text = self._run(machine.name, ["sh", "-c", _MEMORY], 10)
+        except APIError:  # it went down since it was listed
+            return machine
+        # A host that is going down has no statistics any more, and answers with nothing.
+        return replace(machine, memory=memory_in_use(text)) if code == 0 and text else machine
 
     def ensure(self, wanted: Sequence[Planned], access: Access) -> list[str]:
         present = {machine.name: machine for machine in self.machines()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -251,12 +252,24 @@ def _files(fleet: Fleet, stack: StackFile) -> tuple[dict[tuple[str, str], bytes]
             continue
         if tls is None:
             raise InputError([f"{fleet.inventory.path}: stack.tls: missing; {stack.path} uses the secret {name}"])
+        _check_pair(fleet, tls)
         data = getattr(tls, which).read_bytes()
         secrets[name] = f"{stack.name}_{name}_{content.digest(data)}"
         files[("secret", secrets[name])] = data
     fence = f"{stack.name}_fence_{content.digest(_FENCE)}"
     files[("config", fence)] = _FENCE
     return files, secrets, {model.FENCE: fence}
+
+
+def _check_pair(fleet: Fleet, tls: Any) -> None:
+    """Postfix and Dovecot would start with a certificate that is not the key's, and refuse every client."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, password=lambda: "")
+    except (ssl.SSLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or str(error)
+        raise InputError(
+            [f"{fleet.inventory.path}: stack.tls: {tls.certificate.name} and {tls.key.name} are no pair: {reason}"]
+        ) from None
 
 
 def _objects(seen: Seen) -> set[tuple[str, str]]:
@@ -296,8 +309,7 @@ def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
     if plan.build or plan.ship:
         where = images.builder(fleet, fleet.inventory.stack.build)
         built = {service.image: images.build(where, _folder(service), service.image) for service in plan.build}
-        for name, hosts in plan.ship.items():
-            images.ship(fleet, where, stack.services[name].image, list(hosts))
+        images.ship(fleet, where, {stack.services[name].image: hosts for name, hosts in plan.ship.items()})
         plan = decide(fleet, stack, built)  # only now it is known what the images run
     for name, where_to in plan.places.items():
         if where_to.new:
@@ -317,6 +329,9 @@ def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
         )
     _wait(fleet, stack, plan)
     _prune(plan)
+    for name, where_to in plan.places.items():
+        if stack.services[name].build is not None:
+            images.prune(fleet[where_to.host], stack.services[name].image)
 
 
 def _folder(service: Service) -> Any:

@@ -16,6 +16,8 @@ from swarmmail.model.plan import Action, Plan, Step
 from swarmmail.model.swarm import Swarm
 
 PACKAGES = ("docker.io",)
+GOSSIP_PORT = 7946
+"""TCP and UDP; Docker docs, "Getting started with swarm mode"."""
 OURS = ("debian", "ubuntu")
 
 
@@ -152,9 +154,23 @@ def plan(design: Design) -> Plan:
         for node in swarm.nodes.values():
             if node.host in hosts and hosts[node.host].node == node.id and node.state != "ready":
                 waits.append(f"{node.host} is {node.state} in the Swarm")
+        waits += _deaf(design, swarm)
     order = list(Action)
     steps.sort(key=lambda step: order.index(step.action))
     return Plan(tuple(steps), tuple(notes), tuple(waits))
+
+
+def _deaf(design: Design, swarm: Swarm) -> list[str]:
+    """Hosts that do not hear others by gossip. An agent that kept the keys of an earlier Swarm does that."""
+    names = {node.address: node.host for node in swarm.nodes.values() if node.state == "ready" and node.host}
+    return [
+        f"{name} does not hear {', '.join(sorted(names[a] for a in missing))} by gossip: names will not resolve "
+        f"(if it stays so: systemctl restart docker on {name})"
+        for name, facts in design.observed.hosts.items()
+        if facts.peers is not None
+        and facts.node_address in names
+        and (missing := names.keys() - facts.peers - {facts.node_address})
+    ]
 
 
 def _engine(name: str, facts: HostFacts, design: Design) -> list[Step]:
@@ -178,6 +194,10 @@ def _engine(name: str, facts: HostFacts, design: Design) -> list[Step]:
         return [Step(Action.INSTALL, name, f"install {' '.join(need)}", " ".join(need))]
     if not facts.engine:
         return [Step(Action.START, name, "start Docker")]
+    if facts.swarm == "inactive" and GOSSIP_PORT in facts.listening:
+        return [
+            Step(Action.START, name, f"restart Docker: an agent of an earlier Swarm still holds port {GOSSIP_PORT}")
+        ]
     if facts.live_restore:
         raise Refused(
             "its daemon.json has live-restore, which excludes Swarm",

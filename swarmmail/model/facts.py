@@ -64,6 +64,8 @@ class HostFacts:
     """Id of the Swarm, known to managers only."""
     managers: tuple[str, ...] = ()
     """Addresses (without port) of the managers that this node was told of."""
+    peers: frozenset[str] | None = None
+    """Addresses of the nodes that this one hears by gossip, its own included; None when that can't be seen."""
     live_restore: bool = False
     addresses: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Link name to its IPv4 and IPv6 addresses."""
@@ -121,6 +123,7 @@ def parse(name: str, text: str) -> HostFacts:
         is_manager=bool(swarm.get("ControlAvailable")),
         cluster=(swarm.get("Cluster") or {}).get("ID", ""),
         managers=tuple(manager.get("Addr", "").rsplit(":", 1)[0] for manager in swarm.get("RemoteManagers") or ()),
+        peers=_peers(sections.get("peers", "")) if swarm.get("LocalNodeState") == "active" else None,
         live_restore=bool(info.get("LiveRestoreEnabled")),
         addresses={
             link["ifname"]: tuple(a["local"] for a in link.get("addr_info", ()) if "local" in a) for link in links
@@ -207,6 +210,14 @@ def _routes(entries: list[dict[str, Any]]) -> list[IPv4Network]:
         except ValueError:
             continue
     return networks
+
+
+def _peers(text: str) -> frozenset[str] | None:
+    """``Peers`` of the ingress network, which every node joins: who takes part in the gossip (``docker network
+    inspect``). Without them names do not resolve, while ``docker node ls`` still says Ready."""
+    if not text.strip():
+        return None  # the operator removed the ingress network
+    return frozenset(peer.get("IP", "") for peer in _json(text, None) or ())
 
 
 def _ports(lines: list[str]) -> list[int]:

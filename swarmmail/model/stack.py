@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,28 @@ def read(inventory: Inventory) -> StackFile:
         having = [s.name for s in services.values() if s.role == role]
         if len(having) > 1:
             wrong(("services",), f"services {', '.join(having)} all have the role {role}; one can")
+    for place, name in _variables(value, ()):
+        if name not in stack.settings:
+            hint = yamlfile.did_you_mean(name, list(stack.settings))
+            wrong(place, f"${{{name}}} is not in stack.settings of {inventory.path}" + (f"; {hint}" if hint else ""))
     if problems:
         raise InputError(problems)
     return StackFile(stack.name, document, services)
+
+
+def _variables(value: Any, place: Path_) -> Iterator[tuple[Path_, str]]:
+    """Variables without a default (Compose: ``$NAME``, ``${NAME}``, ``${NAME:?text}``; ``$$`` is a dollar)."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _variables(item, (*place, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _variables(item, (*place, index))
+    elif isinstance(value, str):
+        for found in re.finditer(r"\$(?:\$|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)([^}]*)\})", value):
+            name = found[1] or found[2]
+            if name and not (found[3] or "").lstrip(":").startswith(("-", "+")):
+                yield place, name
 
 
 def _judge(name: str, raw: Mapping[str, Any], value: Mapping[str, Any], network: str, wrong: Any) -> None:

@@ -49,6 +49,8 @@ import pytest
 from swarmmail import lab as labs
 from swarmmail.hosts.connection import Host
 from swarmmail.hosts.fleet import Fleet
+from swarmmail.lab.containers import ContainerDriver
+from swarmmail.lab.naming import Naming
 from swarmmail.model import inventory as model
 from swarmmail.model.errors import SwarmmailError
 
@@ -211,7 +213,7 @@ class Project:
 
         ``hosts``: names, of which the first ``managers`` become managers; or a mapping from name to what differs.
         """
-        known = {machine.name: machine.address for machine in self.lab.machines}
+        known = {machine.name: machine.address for machine in self.machines}
         differing = hosts if isinstance(hosts, Mapping) else {host: {} for host in hosts}
         content: dict[str, Any] = {
             "cluster": "test",
@@ -230,27 +232,27 @@ class Project:
     # -- the hosts --
 
     @property
-    def lab(self) -> labs.Lab:
-        return labs.status(self.root)
+    def machines(self) -> list[labs.Machine]:
+        return ContainerDriver(Naming.of(self.root)).machines()
 
     def up(self, hosts: int = 3, bare: int = 0) -> labs.Lab:
         """Make missing hosts, start stopped ones."""
         return labs.up(self.root, hosts, bare)
 
     def address(self, host: str) -> str:
-        return self.lab.address(host)
+        return next(machine.address for machine in self.machines if machine.name == host)
 
     @property
     def gateway(self) -> str:
         """Address of this machine on the lab's network: to the hosts, a stranger's."""
-        return re.sub(r"\.0/\d+$", ".1", self.lab.subnet or "")
+        return self.machines[0].address.rsplit(".", 1)[0] + ".1"
 
     @property
     def bridge(self) -> str:
-        return self.lab.bridge
+        return Naming.of(self.root).bridge
 
     def container(self, host: str) -> str:
-        return self.lab.container(host)
+        return Naming.of(self.root).container(host)
 
     def _docker(self, *words: str, stdin: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -272,12 +274,12 @@ class Project:
         """Clean shutdown and start, until SSH and Docker answer."""
         assert self._docker("restart", "-t", "20", self.container(host)).returncode == 0
         self.disconnect()
-        machines = self.lab.machines
+        machines = self.machines
         self.up(sum(m.variant == "host" for m in machines), sum(m.variant == "bare" for m in machines))
 
     def reset(self, *hosts: str) -> None:
         """Make the hosts clean again (see ``fresh``); all, when none is named. Stopped ones are started."""
-        machines = self.lab.machines
+        machines = self.machines
         if any(machine.state != "running" for machine in machines):
             self.up(sum(m.variant == "host" for m in machines), sum(m.variant == "bare" for m in machines))
         chosen = hosts or tuple(machine.name for machine in machines if machine.variant == "host")
@@ -288,7 +290,7 @@ class Project:
     def host(self, name: str) -> Host:
         """For looking at a host as the code does, by SSH as root."""
         if self._fleet is None:
-            self.inventory("looking", [machine.name for machine in self.lab.machines])
+            self.inventory("looking", [machine.name for machine in self.machines])
             self._fleet = Fleet(model.load(self.root / "inventories" / "looking.yml"))
             (self.root / "inventories" / "looking.yml").unlink()
         return self._fleet[name]
@@ -397,7 +399,7 @@ def _hosts(project: Project) -> Project:
 
 @pytest.fixture
 def lab(_hosts: Project) -> Project:
-    if any(machine.state != "running" for machine in _hosts.lab.machines):
+    if any(machine.state != "running" for machine in _hosts.machines):
         _hosts.up(len(HOSTS))
     return _hosts
 
