@@ -55,9 +55,10 @@ class Document:
         return int(line) + 1
 
     def problem(self, place: Place, text: str) -> str:
-        """One line: ``inventories/lab.yml:12: hosts.host2.role: text``."""
+        """One line, whatever stands in the file: ``inventories/lab.yml:12: hosts.host2.role: text``."""
         where = f"{dotted(place)}: " if place else ""
-        return f"{self.path}:{self.line(place)}: {where}{text}"
+        line = f"{self.path}:{self.line(place)}: {where}{text}"
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 def read(path: Path) -> Document:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,19 @@ from swarmmail import report
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.model import inventory as model
 from swarmmail.model.errors import InputError, SwarmmailError
+
+HELP = {
+    "inventory": "inventory file, or its name in inventories/ (else SWARMMAIL_INVENTORY, fabric.yml, the only one)",
+    "plan": "only show what would be done",
+    "json": "one JSON document on standard output",
+    "no_probe": "leave the test mail at the end out",
+    "address": "mail address of the account",
+    "mail": "remove the mailbox too",
+    "hosts": "number of hosts",
+    "bare": "number of further hosts without Docker",
+    "images": "remove the lab's images too, which are kept as a cache",
+}
+"""What an option means; the same name means the same everywhere."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,7 +68,8 @@ def door(function: F) -> Any:
             )
             raise Exit(code=70) from None
 
-    return cast(Any, fabric.task(wrapper))
+    options = inspect.signature(function).parameters
+    return cast(Any, fabric.task(wrapper, help={name: text for name, text in HELP.items() if name in options}))
 
 
 def load(c: Any, inventory: str | None) -> model.Inventory:

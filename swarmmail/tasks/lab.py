@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swarmmail import lab, report
+from swarmmail.model.errors import InputError
 from swarmmail.tasks.door import door
 
 
@@ -17,6 +18,13 @@ def _root() -> Path:
         if (folder / "fabfile.py").exists():
             return folder
     return here
+
+
+def _number(option: str, text: str) -> int:
+    """Invoke would end a wrong number with a traceback."""
+    if not text.isdigit():
+        raise InputError([f"--{option}: found '{text}', allowed: a number"])
+    return int(text)
 
 
 def _show(found: lab.Lab) -> None:
@@ -37,16 +45,17 @@ def _show(found: lab.Lab) -> None:
 
 
 @door
-def up(c: Any, hosts: int = 3, bare: int = 0) -> None:
+def up(c: Any, hosts: str = "3", bare: str = "0") -> None:
     """Make hosts on this machine (containers of its Docker) and the inventory `lab`.
 
     --hosts N: host1 to hostN, with Docker. --bare N: also bare1 to bareN, without. Hosts that are there stay
     as they are, also those beyond N. Changes on this machine: containers, volumes and a network of its
     Docker, the folder .lab and the file inventories/lab.yml.
     """
-    made = lab.up(_root(), hosts, bare)
+    wanted = _number("hosts", hosts), _number("bare", bare)
+    made = lab.up(_root(), *wanted)
     _show(lab.status(made.root))
-    if len(made.machines) > hosts + bare:
+    if len(made.machines) > sum(wanted):
         report.result(f"{len(made.machines)} hosts stay: lab.up removes none, lab.down removes the whole lab")
     if made.changed:
         report.result(f"lab is up (changed: {', '.join(made.changed)})", good=True)

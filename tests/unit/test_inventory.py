@@ -234,6 +234,12 @@ def test_the_name_of_a_host(lab: Path, name: str) -> None:
     assert placement.startswith("inventories/lab.yml:16: stack.placement.mda: found 'host2', allowed: host1, ")
 
 
+def test_a_name_that_is_not_one_stays_on_its_line(lab: Path) -> None:
+    wrong, placement = refusal(lab, changed(("host2:\n", '"a\\nb":\n')))
+    assert wrong.startswith("inventories/lab.yml:8: hosts.'a\\nb': not a name")
+    assert placement.endswith("found 'host2', allowed: host1, a\\nb; did you mean 'host1'?")
+
+
 @pytest.mark.parametrize("key", ["subnet", "tunnel_subnet"])
 def test_a_subnet_must_not_hold_the_hosts(lab: Path, key: str) -> None:
     assert refusal(lab, changed(("subnet: 10.91.0.0/24", f"{key}: 10.1.0.0/16"))) == [
@@ -354,7 +360,7 @@ NOT_YAML: list[tuple[str | bytes, str]] = [
     ("? [a]\n: b\n", ":1: has a key that is not a simple text"),
     ("a: \x00\n", ":1: not YAML: a control character"),
     (b"cluster: lab\nhosts: \xff\n", ":2: not UTF-8 text"),
-    ("[" * 2000, ":1: not usable: nested too deep"),
+    ("[" * 600, ":1: not usable: nested too deep"),
 ]
 
 
