@@ -72,12 +72,19 @@ def door(function: F) -> Any:
     return cast(Any, fabric.task(wrapper, help={name: text for name, text in HELP.items() if name in options}))
 
 
+def project() -> Path:
+    """The project folder, relative to here: the nearest one upwards with a fabfile, as ``fab`` itself looks for it."""
+    here = Path.cwd()
+    found = next((folder for folder in (here, *here.parents) if (folder / "fabfile.py").exists()), here)
+    return Path(os.path.relpath(found))
+
+
 def load(c: Any, inventory: str | None) -> model.Inventory:
     """The inventory that this command is about. Raises InputError with all its problems."""
     configured = None
     if "swarmmail" in c.config:
         configured = c.config.swarmmail.get("inventory")
-    path = model.choose_inventory(inventory, os.environ, configured, Path.cwd())
+    path = model.choose_inventory(inventory, os.environ, configured, project())
     loaded = model.load(path)
     if problems := model.check_files(loaded):
         raise InputError(problems)

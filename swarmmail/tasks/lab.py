@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from swarmmail import lab, report
 from swarmmail.model.errors import InputError
-from swarmmail.tasks.door import door
-
-
-def _root() -> Path:
-    """The project folder: the nearest one upwards that holds a fabfile, as `fab` itself looks for it."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "fabfile.py").exists():
-            return folder
-    return here
+from swarmmail.tasks.door import door, project
 
 
 def _number(option: str, text: str) -> int:
@@ -53,7 +43,7 @@ def up(c: Any, hosts: str = "3", bare: str = "0") -> None:
     Docker, the folder .lab and the file inventories/lab.yml.
     """
     wanted = _number("hosts", hosts), _number("bare", bare)
-    made = lab.up(_root(), *wanted)
+    made = lab.up(project().resolve(), *wanted)
     _show(lab.status(made.root))
     if len(made.machines) > sum(wanted):
         report.result(f"{len(made.machines)} hosts stay: lab.up removes none, lab.down removes the whole lab")
@@ -66,7 +56,7 @@ def up(c: Any, hosts: str = "3", bare: str = "0") -> None:
 @door
 def status(c: Any, json: bool = False) -> None:
     """Show the lab's hosts: address, state, memory. Changes nothing."""
-    found = lab.status(_root())
+    found = lab.status(project().resolve())
     if json:
         report.document({"subnet": found.subnet, "hosts": [asdict(machine) for machine in found.machines]})
     elif found.machines:
@@ -81,7 +71,7 @@ def down(c: Any, images: bool = False) -> None:
 
     The images stay as a cache; --images removes them as well.
     """
-    removed = lab.down(_root(), images)
+    removed = lab.down(project().resolve(), images)
     for line in removed:
         report.progress(f"removed {line}")
     report.result("the lab is gone" if removed else "there was no lab, nothing removed", good=True)

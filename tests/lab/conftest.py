@@ -107,7 +107,7 @@ class Result:
     @property
     def events(self) -> list[str]:
         """Progress lines, without their time."""
-        return [line[11:] for line in self.stderr.splitlines() if _PROGRESS.match(line)]
+        return [_PROGRESS.sub("", line) for line in self.stderr.splitlines() if _PROGRESS.match(line)]
 
     @property
     def errors(self) -> list[str]:
@@ -117,9 +117,9 @@ class Result:
     def error(self, *parts: str) -> str:
         """Assert that the command failed with exactly one line, with these parts (patterns) in this order,
         and with a hint; the line."""
-        assert self.status != 0, self
-        assert "Traceback" not in self.output and "this should not happen" not in self.output, self
-        assert len(self.errors) == 1, self
+        assert self.status != 0, str(self)
+        assert "Traceback" not in self.output and "this should not happen" not in self.output, str(self)
+        assert len(self.errors) == 1, str(self)
         line = self.errors[0]
         assert re.search(".*".join(parts), line), f"{parts} not in: {line}"
         assert " -> " in line, f"no hint in: {line}"
@@ -134,7 +134,7 @@ class Result:
     __repr__ = __str__
 
 
-_PROGRESS = re.compile(r" *\d+\.\d s  ")
+_PROGRESS = re.compile(r"^ *\d+\.\d s  ")
 
 
 class Project:
@@ -196,7 +196,7 @@ class Project:
     ) -> Result:
         result = self.finish(self.start(*words, env=env), timeout)
         if check is not None:
-            assert result.status == check, result
+            assert result.status == check, str(result)
         return result
 
     def bootstrap(self, inventory: str, *words: str, **options: Any) -> Result:

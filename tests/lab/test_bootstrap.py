@@ -53,7 +53,7 @@ def versions(project: Project) -> dict[str, int]:
 def test_three_fresh_hosts_become_a_swarm_over_a_guarded_mesh(fresh: Project) -> None:
     result = fresh.bootstrap(CLUSTER, check=0)
     assert result.stdout.splitlines()[-1] == "bootstrap: test is as the inventory wants it"
-    assert any("encryption: wireguard (no ESP with AES-GCM" in event for event in result.events), result
+    assert any("encryption: wireguard (no ESP with AES-GCM" in event for event in result.events), str(result)
     assert result.errors == []
     nodes = swarm(fresh)
     assert {host: node[:2] for host, node in nodes.items()} == dict.fromkeys(HOSTS, ("manager", "ready"))
@@ -90,7 +90,7 @@ def test_showing_the_plan_changes_nothing(fresh: Project, words: tuple[str, ...]
     before = {host: fresh.sh(host, f"touch /run/reference; {look}") for host in HOSTS}
     result = fresh.fab(*words, "--inventory", CLUSTER, check=0)
     for text in ("make the Swarm", "join the Swarm", "tunnel 10.", "overlay local-mail-delivery"):
-        assert text in result.stdout, result
+        assert text in result.stdout, str(result)
     assert {host: fresh.sh(host, look) for host in HOSTS} == before
     assert [fresh.host(host).docker.info()["Swarm"]["LocalNodeState"] for host in HOSTS] == ["inactive"] * 3
 
@@ -103,7 +103,7 @@ def test_hosts_on_the_command_line_are_refused(lab: Project) -> None:
 
 def test_two_managers_become_one_and_it_says_why(fresh: Project) -> None:
     result = fresh.bootstrap(fresh.inventory("two", HOSTS[:2], managers=2), check=0)
-    assert any("host2 stays a worker: 2 managers tolerate no more losses than 1" in e for e in result.events), result
+    assert any("host2 stays a worker: 2 managers tolerate no more losses than 1" in e for e in result.events), str(result)
     assert {host: node[0] for host, node in swarm(fresh).items()} == {"host1": "manager", "host2": "worker"}
     # the third comes later: now there are three managers, and none had to leave
     ids = {node["ID"] for node in fresh.host("host1").docker.nodes()}
@@ -115,7 +115,7 @@ def test_two_managers_become_one_and_it_says_why(fresh: Project) -> None:
 def test_without_encryption_it_shouts_and_works(fresh: Project) -> None:
     inventory = fresh.inventory("clear", network={"encryption": "none"})
     result = fresh.bootstrap(inventory, check=0)
-    assert any(line.startswith("warning: ") and "IN CLEAR TEXT" in line for line in result.errors), result
+    assert any(line.startswith("warning: ") and "IN CLEAR TEXT" in line for line in result.errors), str(result)
     assert fresh.host("host2").docker.info()["Swarm"]["NodeAddr"] == fresh.address("host2")
     result = fresh.bootstrap(inventory, check=0)
     assert result.stdout == "bootstrap: nothing to do\n"
@@ -252,7 +252,7 @@ def test_five_hosts_of_which_one_is_bare(crowd: Project) -> None:
     names = [machine.name for machine in crowd.machines]
     assert names == ["host1", "host2", "host3", "host4", "bare1"]
     result = crowd.bootstrap(crowd.inventory("crowd", names), check=0, timeout=240)
-    assert "install docker.io wireguard-tools wireguard-go" in result.stdout, result
+    assert "install docker.io wireguard-tools wireguard-go" in result.stdout, str(result)
     roles = {host: node[:2] for host, node in swarm(crowd).items()}
     assert roles == {
         "host1": ("manager", "ready"),

@@ -129,7 +129,7 @@ def test_two_ups_at_once_in_one_folder(make_project: Callable[[str], Project]) -
     project = make_project("rush")
     first, second = project.start("lab.up", "--hosts", "1"), project.start("lab.up", "--hosts", "1")
     results = sorted((project.finish(first), project.finish(second)), key=lambda result: result.status)
-    assert results[0].status == 0, results
+    assert results[0].status == 0, str(results[0])
     if results[1].status:  # else one was over before the other began
         assert results[1].errors == ["lab: another lab.up or lab.down is at work in this folder"]
     assert len(project.machines) == 1
@@ -145,7 +145,7 @@ def test_a_killed_up_is_completed_and_a_killed_down_too(make_project: Callable[[
         going.kill()
         going.communicate()
         result = project.fab("lab.up", "--hosts", "2", check=0)
-        assert [machine.state for machine in project.machines] == ["running", "running"], result
+        assert [machine.state for machine in project.machines] == ["running", "running"], str(result)
         assert project.host("host2").run("docker info >/dev/null && echo fine").stdout == "fine\n"
         going = project.start("lab.down")
         time.sleep(chance.uniform(0.3, 1.2))
@@ -181,7 +181,7 @@ def test_down_leaves_nothing_behind(make_project: Callable[[str], Project]) -> N
 def test_up_refuses_impossible_numbers(make_project: Callable[[str], Project], words: tuple[str], says: str) -> None:
     project = make_project(f"numbers{words[0]}{words[1]}")
     result = project.fab("lab.up", *words)
-    assert result.status == 1 and result.errors == [says], result
+    assert result.status == 1 and result.errors == [says], str(result)
     assert traces(project) == [] and not (project.root / ".lab").exists()
 
 
