@@ -19,6 +19,7 @@ from swarmmail.model.inventory import Inventory
 from swarmmail.model.plan import Action, Plan, Step
 from swarmmail.model.swarm import Swarm
 
+_ALARM = "CLEAR TEXT"
 SETTLE = 30  # seconds that nodes may take to become Ready after the last step
 
 
@@ -54,9 +55,18 @@ def decide(inventory: Inventory, observed: Observed) -> tuple[Design, Plan]:
     return design, model.plan(design)
 
 
-def show(plan: Plan) -> None:
+def shout(plan: Plan) -> None:
+    """What has to be said at every run, also when there is nothing to do."""
     for note in plan.notes:
-        report.warning(note) if "CLEAR TEXT" in note else report.progress(note)
+        if _ALARM in note:
+            report.warning(note)
+
+
+def show(plan: Plan) -> None:
+    shout(plan)
+    for note in plan.notes:
+        if _ALARM not in note:
+            report.progress(note)
     for wait in plan.waits:
         report.warning(wait)
     if plan.steps:
@@ -72,6 +82,7 @@ def run(fleet: Fleet) -> bool:
     inventory = fleet.inventory
     design, plan = decide(inventory, observe(fleet))
     if plan.is_done:
+        shout(plan)
         return False
     with _locked(fleet, design):
         show(plan)

@@ -26,10 +26,23 @@ apply() {
   route_there || ip -4 route replace blackhole @SUBNET@ metric 4294967295 || return 1
   rules_there || rules | nft -f - || return 1
 }
+# Check after every change of a route or of the rules. One line of `nft monitor` a transaction is enough: the one
+# that ends it. Should a monitor end, or applying fail, the whole script ends, and systemd starts it again.
+watch() {
+  apply || exit 1
+  {
+    (ip -4 monitor route; kill $$) &
+    (nft monitor; kill $$) &
+    sleep 1; echo "what changed before the monitors ran"
+    wait
+  } | while read -r line; do
+    case $line in "add "* | "delete "*) continue ;; esac
+    check || apply || kill $$
+  done
+}
 case "${1:-}" in
   check) check ;;
   apply) apply ;;
-  watch) apply
-         { ip -4 monitor route & nft monitor destroy & wait; } 2>/dev/null | while read -r _; do check || apply; done ;;
+  watch) watch ;;
   *) echo "usage: guard apply | check | watch" >&2; exit 64 ;;
 esac

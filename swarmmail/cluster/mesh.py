@@ -26,6 +26,7 @@ _GUARD_UNIT = f"""\
 [Unit]
 Description=VXLAN by the tunnel only (swarmmail)
 DefaultDependencies=no
+StartLimitIntervalSec=0
 After=local-fs.target systemd-modules-load.service
 Before=network-pre.target docker.service wg-quick@{MESH}.service
 Wants=network-pre.target
@@ -63,7 +64,7 @@ _ACTIVATE = f"""
 set -e; umask 077
 tar -xf - -C / --no-same-owner
 known=$(systemctl show -p FragmentPath --value swarmmail-guard.service)
-stale=$(systemctl show -p NeedDaemonReload --value docker.service swarmmail-guard.service | grep yes)
+stale=$(systemctl show -p NeedDaemonReload --value docker.service swarmmail-guard.service | grep yes || true)
 [ -n "$known" ] && [ -z "$stale" ] || systemctl daemon-reload
 {GUARD} apply
 systemctl -q enable swarmmail-guard.service wg-quick@{MESH}.service 2>/dev/null

@@ -32,16 +32,20 @@ class Accounts:
 
     def add(self, address: str, password: str) -> None:
         """``password`` travels by standard input only, and is hashed in the container."""
-        self._users("add", address, stdin=password + "\n", step=f"add {address}")
-        self.sync()
+        try:
+            self._users("add", address, stdin=password + "\n", step=f"add {address}")
+        finally:
+            self.sync()  # also when it is there already: a run that was killed in between is completed by this one
 
     def passwd(self, address: str, password: str) -> None:
         self._users("passwd", address, stdin=password + "\n", step=f"change the password of {address}")
 
     def remove(self, address: str, mail: bool = False) -> None:
         """Remove an account; its mailbox only with ``mail``."""
-        self._users("remove", address, *(["--mail"] if mail else []), step=f"remove {address}")
-        self.sync()
+        try:
+            self._users("remove", address, *(["--mail"] if mail else []), step=f"remove {address}")
+        finally:
+            self.sync()
 
     def sync(self) -> None:
         """Give the MTA the list of recipients. Run again, it repairs a list that is behind."""

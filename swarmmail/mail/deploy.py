@@ -31,6 +31,8 @@ from swarmmail.model.swarm import PLACED
 STACK_OBJECT = "swarmmail.stack"
 """Label on configs and secrets that we made: the stack they belong to."""
 START_LIMIT = 120  # seconds for all tasks to run and be healthy
+PORT_PATIENCE = model.MAX_GRACE + 5
+"""Seconds that the task before may take to stop and free its port."""
 _FENCE = resources.files(__package__).joinpath("fence.sh").read_bytes()
 
 
@@ -413,6 +415,14 @@ def _prune(plan: Plan) -> None:
 # ---- waiting: what counts is the running task, not the CLI's exit status (docker/cli#6752) ----
 
 
+@dataclass
+class _Trouble:
+    """What was seen while waiting: tasks that failed, and since when (monotonic seconds) others have no node."""
+
+    failed: set[str] = field(default_factory=set)
+    pending: dict[str, float] = field(default_factory=dict)
+
+
 def _wait(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
     """Wait until each service's container on its host runs the wanted image and is healthy.
 
@@ -421,11 +431,11 @@ def _wait(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
         Deadline: not within the limit.
     """
     deadline = time.monotonic() + START_LIMIT
-    failures: dict[str, set[str]] = {}
+    trouble = _Trouble()
     pause = 0.05
     while True:
         seen = services.observe(fleet, plan.seen.observed)
-        states = {name: _state(fleet, stack, seen, name, failures) for name in stack.services}
+        states = {name: _state(fleet, stack, seen, name, trouble) for name in stack.services}
         if all(state == "ready" for state in states.values()):
             return
         if time.monotonic() > deadline:
@@ -437,7 +447,7 @@ def _wait(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
         pause = min(0.5, pause * 1.5)
 
 
-def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, failures: dict[str, set[str]]) -> str:
+def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Trouble) -> str:
     raw = seen.services.get(name)
     if raw is None:
         return "no such service"
@@ -447,16 +457,19 @@ def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, failures: dict
         return "no task yet"
     for task in current:
         if task["Status"]["State"] in ("failed", "rejected"):
-            failures.setdefault(name, set()).add(task["ID"])
+            trouble.failed.add(task["ID"])
     newest = current[0]
     status, host = newest["Status"], seen.host_of(newest)
     state = str(status["State"])
     problem = str(status.get("Err", ""))
-    bad = [task for task in current if task["ID"] in failures.get(name, ())]
+    bad = [task for task in current if task["ID"] in trouble.failed]
     if any(task["Status"]["State"] == "rejected" for task in bad) or len(bad) > 1:
         raise _cannot_start(fleet, seen, name, bad[0])
-    if state == "pending" and problem and "no suitable node" in problem:
-        raise HostError(problem, step=f"start {name}", hint="see: fab status")
+    if state == "pending" and "no suitable node" in problem:
+        # a port of the Swarm is free again when the task before has stopped; nothing else heals by itself
+        patience = PORT_PATIENCE if "port already in use" in problem else 3
+        if time.monotonic() - trouble.pending.setdefault(newest["ID"], time.monotonic()) > patience:
+            raise HostError(problem, step=f"start {name}", hint="see: fab status")
     if state != "running":
         return f"{state} {problem}".strip()
     container = (status.get("ContainerStatus") or {}).get("ContainerID")

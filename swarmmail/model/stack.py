@@ -183,6 +183,8 @@ def _judge(name: str, raw: Mapping[str, Any], value: Mapping[str, Any], network:
         elif role == "mda" and port.get("target") == 24:
             wrong((*place, "ports", index), "LMTP takes mail without a password: it is published nowhere")
     for index, volume in enumerate(raw.get("volumes") or []):
+        if isinstance(volume, dict) and volume.get("type") == "tmpfs":
+            continue
         source = _volume(volume)
         if source is None or source[0] not in (value.get("volumes") or {}):
             wrong((*place, "volumes", index), "write NAME:PATH with NAME below the top-level 'volumes:'")
@@ -273,7 +275,7 @@ class Filling:
 
 def render(stack: StackFile, inventory: Inventory, filling: Filling) -> dict[str, Any]:
     """The document for ``docker stack deploy``. Pure data; variables (``${NAME}``) are left to Docker."""
-    document: dict[str, Any] = copy.deepcopy(stack.document.value)
+    document: dict[str, Any] = json.loads(json.dumps(stack.document.value))  # what an alias shared is now apart
     document.pop("version", None)
     for key in [key for key in document if str(key).startswith("x-")]:
         del document[key]

@@ -2,7 +2,8 @@
 
 Scalars follow the core schema of YAML 1.2.2 (section 10.3.2): only ``true`` and ``false`` are booleans, so
 ``n``, ``no`` and ``off`` stay text. A key is always text (a host may be called ``10``). Duplicate keys,
-tags and several documents in one file are errors. Values never appear in messages of this module's
+tags and several documents in one file are errors. The merge key ``<<`` works, since Compose files use it.
+Values never appear in messages of this module's
 ``read``: a file may hold secrets.
 """
 
@@ -144,20 +145,38 @@ class _Plain:
         assert isinstance(node, ScalarNode)
         if node.style is not None or node.tag == _TAG + "str":  # quoted, a block, or !!str
             return node.value
+        if re.fullmatch(r"[-+]?0[0-9]+", node.value):  # octal in YAML 1.1 (so for Docker), decimal in YAML 1.2
+            self._problem(
+                node, place, f"{node.value} is read differently by different programs; write 0o.. or quote it"
+            )
         return core_scalar(node.value)
 
     def _mapping(self, node: MappingNode, place: tuple[str | int, ...]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         first: dict[str, int] = {}
+        merged: dict[str, Any] = {}
         for key, item in node.value:
             if not isinstance(key, ScalarNode):
                 self._problem(key, place, "has a key that is not a simple text")
+            elif key.value == "<<" and key.style is None:
+                merged.update({**self._merge(item, place), **merged})
             elif key.value in first:
                 self._problem(key, (*place, key.value), f"stands twice, first in line {first[key.value]}")
             else:
                 first[key.value] = key.start_mark.line + 1
                 result[key.value] = self.of(item, (*place, key.value))
-        return result
+        return {**merged, **result}
+
+    def _merge(self, item: Node, place: tuple[str | int, ...]) -> dict[str, Any]:
+        """``<<``: a mapping, or several of which the first wins (YAML 1.1 merge key, which Compose files use)."""
+        sources = item.value if isinstance(item, SequenceNode) else [item]
+        found: dict[str, Any] = {}
+        for source in sources:
+            if isinstance(source, MappingNode):
+                found = {**self.of(source, place), **found}
+            else:
+                self._problem(source, place, "<< takes mappings only")
+        return found
 
 
 def core_scalar(text: str) -> str | int | float | bool | None:
