@@ -23,9 +23,9 @@ _ALARM = "CLEAR TEXT"
 SETTLE = 30  # seconds that nodes may take to become Ready after the last step
 
 
-def observe(fleet: Fleet) -> Observed:
-    """Facts of all hosts, and the Swarm as its first reachable manager sees it."""
-    facts = gather_all(fleet)
+def observe(fleet: Fleet, strict: bool = True) -> Observed:
+    """Facts of all hosts (``strict``: all must answer), and the Swarm as its first reachable manager sees it."""
+    facts = gather_all(fleet, strict)
     return Observed(facts, _swarm(fleet, facts))
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import logging
+import os
 import shlex
 import socket
 import threading
@@ -36,8 +38,15 @@ if TYPE_CHECKING:
 
     from swarmmail.model import inventory
 
+if not os.environ.get("SWARMMAIL_DEBUG"):
+    # paramiko's thread logs a traceback for what reaches people as one line of ours
+    logging.getLogger("paramiko").addHandler(logging.NullHandler())
+    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
+
 SESSIONS_FOR_COMMANDS = 5
 """sshd's stock ``MaxSessions`` is 10 a connection (sshd_config(5)): five for commands, three for the API."""
+REMEMBER_FAILURE = 60
+"""Seconds: a host that did not answer is not waited for again by every step of the same command."""
 KEEPALIVE = 15  # seconds: shorter than the idle limit of any router we have heard of
 
 
@@ -90,6 +99,7 @@ class Host:
         self._opening = threading.Lock()
         self._sessions = threading.BoundedSemaphore(SESSIONS_FOR_COMMANDS)
         self._connection: fabric.Connection | None = None
+        self._failed: tuple[float, Unreachable] | None = None
         self._sudo: tuple[str, bytes] | None = None
 
     # -- the connection ---------------------------------------------------------------------------------
@@ -103,29 +113,39 @@ class Host:
         with self._opening:
             if self._connection is not None and self._connection.is_connected:
                 return
-            connection = self._new_connection()
+            if self._failed is not None and time.monotonic() - self._failed[0] < REMEMBER_FAILURE:
+                raise self._failed[1]
             try:
-                self._connect(connection)
-            except SwarmmailError:
+                self._connection = self._opened()
+            except Unreachable as error:
+                self._failed = time.monotonic(), error
                 raise
-            except paramiko.BadHostKeyException as error:
-                raise self._unreachable(
-                    f"host key has CHANGED (known: {error.expected_key.get_name()})",
-                    f"someone may be in between; if the host was installed anew, put its new key "
-                    f"into {self._known_hosts}",
-                ) from None
-            except paramiko.AuthenticationException:
-                raise self._unreachable(
-                    f"user {self.spec.user} was not let in with key {self.spec.key or 'of the agent'}",
-                    f"try: ssh {self._ssh_words}",
-                ) from None
-            except (paramiko.SSHException, OSError, EOFError) as error:
-                reason = error.errors if isinstance(error, NoValidConnectionsError) else None
-                text = str(next(iter(reason.values()))) if reason else str(error) or type(error).__name__
-                raise self._unreachable(text, f"try: ssh {self._ssh_words}") from None
-            transport = connection.transport
-            transport.set_keepalive(KEEPALIVE)
-            self._connection = connection
+
+    def _opened(self) -> fabric.Connection:
+        connection = self._new_connection()
+        try:
+            self._connect(connection)
+        except SwarmmailError:
+            raise
+        except paramiko.BadHostKeyException as error:
+            raise self._unreachable(
+                f"host key has CHANGED (known: {error.expected_key.get_name()})",
+                f"someone may be in between; if the host was installed anew, put its new key into {self._known_hosts}",
+            ) from None
+        except paramiko.AuthenticationException:
+            raise self._unreachable(
+                f"user {self.spec.user} was not let in with key {self.spec.key or 'of the agent'}",
+                f"try: ssh {self._ssh_words}",
+            ) from None
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            reason = error.errors if isinstance(error, NoValidConnectionsError) else None
+            text = str(next(iter(reason.values()))) if reason else str(error) or type(error).__name__
+            if text in ("No existing session", "timed out") or "banner" in text:
+                text = f"no answer from sshd within {self.spec.connect_timeout} s"
+            raise self._unreachable(text, f"try: ssh {self._ssh_words}") from None
+        transport = connection.transport
+        transport.set_keepalive(KEEPALIVE)
+        return connection
 
     def _connect(self, connection: fabric.Connection) -> None:
         retry = tenacity.Retrying(

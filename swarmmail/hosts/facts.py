@@ -21,6 +21,14 @@ def gather(host: Host) -> facts.HostFacts:
     return facts.parse(host.name, result.stdout)
 
 
-def gather_all(fleet: Fleet) -> dict[str, facts.HostFacts]:
-    """All hosts at once; one error that names every host that could not be read."""
-    return fleet.each(gather)
+def gather_all(fleet: Fleet, strict: bool = True) -> dict[str, facts.HostFacts]:
+    """All hosts at once. ``strict``: one error that names every host that could not be read; else such a host
+    has facts that say why (``unreachable``)."""
+
+    def lenient(host: Host) -> facts.HostFacts:
+        try:
+            return gather(host)
+        except HostError as error:
+            return facts.HostFacts(host.name, unreachable=error.what)
+
+    return fleet.each(gather if strict else lenient)

@@ -23,7 +23,7 @@ from swarmmail.mail import services
 from swarmmail.mail.services import Seen
 from swarmmail.model import content
 from swarmmail.model import stack as model
-from swarmmail.model.errors import Deadline, HostError, InputError, Refused
+from swarmmail.model.errors import Deadline, HostError, InputError, Refused, Unreachable
 from swarmmail.model.placement import LIVE, Place, place
 from swarmmail.model.stack import Filling, Service, StackFile
 from swarmmail.model.swarm import PLACED
@@ -103,6 +103,7 @@ def decide(fleet: Fleet, stack: StackFile, built: Mapping[str, images.ImageInfo]
     seen = services.observe(fleet)
     if inventory.network.name not in seen.swarm.networks:
         raise Refused(f"there is no overlay {inventory.network.name}", step="deploy", hint="run: fab bootstrap")
+    notes = _silent_hosts(inventory.stack.placement, seen)
     unlabelled = [name for name in inventory.hosts if seen.swarm.node_of(name) is None]
     if unlabelled:
         raise Refused(f"{', '.join(unlabelled)} is not in the Swarm", step="deploy", hint="run: fab bootstrap")
@@ -119,7 +120,12 @@ def decide(fleet: Fleet, stack: StackFile, built: Mapping[str, images.ImageInfo]
         if service.volumes
     }
     _ports_free(stack, seen, places)
-    targets = {name: ([places[name].host] if name in places else list(inventory.hosts)) for name in stack.services}
+    targets = {
+        name: (
+            [places[name].host] if name in places else [n for n, f in seen.observed.hosts.items() if not f.unreachable]
+        )
+        for name in stack.services
+    }
     known, missing = _images(fleet, stack, targets)
     known = {**(built or {}), **known}
     to_build = tuple(
@@ -169,8 +175,22 @@ def decide(fleet: Fleet, stack: StackFile, built: Mapping[str, images.ImageInfo]
         services=tuple(to_deploy),
         remove=remove,
         changes=tuple(changes),
-        notes=tuple(where.note for where in places.values() if where.note),
+        notes=(*notes, *(where.note for where in places.values() if where.note)),
     )
+
+
+def _silent_hosts(placement: Mapping[str, str], seen: Seen) -> list[str]:
+    """Hosts that do not answer: nothing can be said of data there, so a service that may have some stops deploy."""
+    notes = []
+    for name, facts in seen.observed.hosts.items():
+        if facts.unreachable:
+            node = seen.swarm.node_of(name)
+            if (node is not None and node.places) or name in placement.values():
+                raise Unreachable(
+                    facts.unreachable, host=name, step="ssh", hint="it has, or shall have, data of the stack"
+                )
+            notes.append(f"{name} does not answer ({facts.unreachable}); deploy goes on without it")
+    return notes
 
 
 def _generation(name: str, where: Place, seen: Seen) -> int:

@@ -11,7 +11,7 @@ from swarmmail.cluster import bootstrap
 from swarmmail.hosts.connection import Host, Result
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.model.bootstrap import Observed
-from swarmmail.model.errors import HostError, Refused
+from swarmmail.model.errors import HostError, Refused, Unreachable
 from swarmmail.model.stack import ROLE_LABEL, STACK_LABEL
 from swarmmail.model.swarm import Swarm
 
@@ -41,8 +41,12 @@ def observe(fleet: Fleet, observed: Observed | None = None) -> Seen:
     Raises:
         Refused: there is no Swarm of ours.
     """
-    observed = bootstrap.observe(fleet) if observed is None else observed
+    observed = bootstrap.observe(fleet, strict=False) if observed is None else observed
     swarm = observed.swarm
+    silent = {name: facts.unreachable for name, facts in observed.hosts.items() if facts.unreachable}
+    if swarm is None and silent:
+        name, why = next(iter(silent.items()))
+        raise Unreachable(why, host=name, step="ssh", hint="no other host is a manager that answers")
     if swarm is None or swarm.cluster != fleet.inventory.cluster:
         raise Refused(
             f"there is no Swarm of cluster {fleet.inventory.cluster} yet", step="deploy", hint="run: fab bootstrap"

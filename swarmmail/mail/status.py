@@ -17,11 +17,19 @@ from swarmmail.model.facts import HostFacts
 def collect(fleet: Fleet) -> dict[str, Any]:
     """The state as plain data: keys ``cluster``, ``nodes``, ``services``, ``volumes``, ``queue``."""
     seen = services.observe(fleet)
-    design, plan = bootstrap.decide(fleet.inventory, seen.observed)
+    silent = [f"{name} does not answer: {f.unreachable}" for name, f in seen.observed.hosts.items() if f.unreachable]
+    encryption, why, pending = "unknown", "; ".join(silent), silent
+    if not silent:
+        try:
+            design, plan = bootstrap.decide(fleet.inventory, seen.observed)
+            encryption, why = design.encryption, design.why
+            pending = [f"{step.host}: {step.text} -> run: fab bootstrap" for step in plan.steps] + list(plan.waits)
+        except SwarmmailError as error:  # the wanted state can't be reached: what is there is shown all the same
+            why, pending = str(error), [str(error)]
     return {
         "cluster": fleet.inventory.cluster,
-        "encryption": {"configured": design.encryption, "why": design.why, "measured": None},
-        "pending": [f"{step.host}: {step.text}" for step in plan.steps] + list(plan.waits),
+        "encryption": {"configured": encryption, "why": why, "measured": None},
+        "pending": pending,
         "nodes": [_node(seen, name, facts) for name, facts in seen.observed.hosts.items()],
         "services": [_service(fleet, seen, name) for name in sorted(seen.services)],
         "volumes": _volumes(fleet, seen),
@@ -34,7 +42,7 @@ def _node(seen: Seen, name: str, facts: HostFacts) -> dict[str, Any]:
     return {
         "host": name,
         "role": (node.role + (" (leader)" if node.leader else "")) if node is not None else "not in the Swarm",
-        "state": node.state if node is not None else facts.swarm,
+        "state": (node.state if node is not None else facts.swarm) + (", no SSH" if facts.unreachable else ""),
         "availability": node.availability if node is not None else "",
         "engine": facts.engine,
         "address": node.address if node is not None else "",
@@ -53,7 +61,10 @@ def _service(fleet: Fleet, seen: Seen, name: str) -> dict[str, Any]:
     status = task["Status"]
     container = (status.get("ContainerStatus") or {}).get("ContainerID")
     entry.update(host=seen.host_of(task), state=status["State"], since=status["Timestamp"], note=status.get("Err", ""))
-    if status["State"] == "running" and container and entry["host"] in fleet.inventory.hosts:
+    facts = seen.observed.hosts.get(entry["host"])
+    if facts is not None and facts.unreachable:
+        entry["note"] = "its host does not answer"
+    elif facts is not None and status["State"] == "running" and container:
         host = fleet[entry["host"]]
         with host.doing(f"look at {name}"):
             health = host.docker.inspect_container(container)["State"].get("Health") or {}
@@ -127,7 +138,7 @@ def _size(count: int | None) -> str:
 def show(state: dict[str, Any]) -> None:
     configured = state["encryption"]
     report.result(
-        f"cluster {state['cluster']}, encryption {configured['configured']} as configured ({configured['why']})"
+        f"cluster {state['cluster']}, configured encryption: {configured['configured']} ({configured['why']})"
     )
     report.table(
         "nodes",
@@ -161,4 +172,4 @@ def show(state: dict[str, Any]) -> None:
     queue = state["queue"]
     report.result(f"queue: {queue['error']}" if "error" in queue else f"queue: {queue['messages']} messages")
     for line in state["pending"]:
-        report.warning(f"{line} -> run: fab bootstrap")
+        report.warning(line)

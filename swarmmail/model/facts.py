@@ -42,6 +42,8 @@ class Mesh:
 @dataclass(frozen=True)
 class HostFacts:
     name: str
+    unreachable: str = ""
+    """Why the host did not answer; then everything else is empty."""
     os: str = ""
     """ID of os-release(5): ``debian``, ``ubuntu``, ..."""
     os_like: tuple[str, ...] = ()
