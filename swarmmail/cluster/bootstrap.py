@@ -73,8 +73,10 @@ def show(plan: Plan) -> None:
         report.table("plan", ["", "host", "step"], [("+", s.host, s.text) for s in plan.steps])
 
 
-def run(fleet: Fleet) -> bool:
+def run(fleet: Fleet, again: bool = False) -> bool:
     """Bring the hosts to the wanted state; False when there was nothing to do.
+
+    ``again``: this is the second part, after a plan that could not see all.
 
     Raises:
         SwarmmailError: any step failed, or the end state is not what the inventory wants.
@@ -84,10 +86,17 @@ def run(fleet: Fleet) -> bool:
     if plan.is_done:
         shout(plan)
         return False
+    if plan.is_partial and again:
+        raise SwarmmailError(
+            "; ".join(plan.waits), step="bootstrap", hint="systemctl status docker and journalctl -u docker there"
+        )
     with _locked(fleet, design):
         show(plan)
         apply(fleet, design, plan)
-        _check(fleet)
+        if not plan.is_partial:
+            _check(fleet)
+            return True
+    run(fleet, again=True)
     return True
 
 

@@ -133,6 +133,12 @@ def leave(host: Host) -> None:
     host.run(_AGENT_GONE, step="wait for the end of the old Swarm's agent", timeout=120)
 
 
+def _overtaken(error: BaseException) -> bool:
+    """The node was changed since it was read. If that made it a manager, writing the old role back looks like a
+    demotion, and it is refused as one before the version is looked at (swarmkit, controlapi/node.go)."""
+    return "out of sequence" in str(error) or "can't find manager in raft memberlist" in str(error)
+
+
 def change_node(manager: Host, node: str, change: Callable[[dict[str, Any]], None], step: str) -> None:
     """Change a node's spec by reading it whole, changing it and writing it back. Docker refuses a write
     whose version is old ("update out of sequence"): then read again. The change must be idempotent."""
@@ -149,7 +155,7 @@ def change_node(manager: Host, node: str, change: Callable[[dict[str, Any]], Non
 
     with manager.doing(step):
         tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lambda e: "out of sequence" in str(e)),
+            retry=tenacity.retry_if_exception(_overtaken),
             stop=tenacity.stop_after_delay(10),
             wait=tenacity.wait_random(0, 0.2),
             reraise=True,

@@ -10,8 +10,9 @@ s clock;     date +%s.%N
 s root;      id -u
 s systemd;   [ -d /run/systemd/system ] && echo yes
 s programs;  for p in docker dockerd wg wg-quick wireguard-go nft iptables rsync apt-get tcpdump; do command -v $p >/dev/null && echo $p; done
-s docker;    command -v docker >/dev/null && timeout 20 docker info --format '{{json .}}' 2>/dev/null
-s peers;     command -v docker >/dev/null && timeout 20 docker network inspect ingress --format '{{json .Peers}}' 2>/dev/null
+# A manager without a leader answers after 20 s (moby, daemon/cluster: swarmRequestTimeout).
+s docker;    info=$(command -v docker >/dev/null && timeout 25 docker info --format '{{json .}}' 2>/dev/null); printf '%s\n' "$info"
+s peers;     case $info in *'"LocalNodeState":"active"'*) timeout 5 docker network inspect ingress --format '{{json .Peers}}' 2>/dev/null ;; esac
 s addresses; ip -j addr show 2>/dev/null
 s routes;    ip -j -4 route show table all 2>/dev/null
 s resolvers; grep -s '^nameserver' /etc/resolv.conf

@@ -21,7 +21,8 @@ refuse() {
     exit 78
 }
 
-is_number() { case $1 in '' | *[!0-9]*) return 1 ;; esac; }
+# At most 18 digits: what is longer is compared differently by different shells.
+is_number() { case $1 in '' | *[!0-9]* | ???????????????????*) return 1 ;; esac; }
 
 is_empty() {
     for entry in "$1"/* "$1"/.[!.]* "$1"/..?*; do
@@ -58,7 +59,7 @@ check() {
         || refuse "the volume at $volume belongs to service '$service'; correct the volumes of the stack file and deploy again."
     is_number "$generation" \
         || refuse "the marker $marker names no generation (found '$generation'); run 'fab status' before you touch the volume."
-    [ "$generation" -ge "$SWARMMAIL_GENERATION" ] 2> /dev/null \
+    [ "$generation" -ge "$SWARMMAIL_GENERATION" ] \
         || refuse "the volume at $volume is an old copy (generation $generation, wanted $SWARMMAIL_GENERATION); run 'fab status' to see where the data went."
     [ "$node" = "$SWARMMAIL_NODE" ] \
         || refuse "the volume at $volume was made for node '$node', this is '$SWARMMAIL_NODE'; move the service with 'fab migrate', not by hand."
@@ -68,7 +69,9 @@ check() {
 
 [ $# -gt 0 ] || refuse "the fence was given no command to run; deploy again."
 
-if [ -n "${SWARMMAIL_VOLUMES:-}" ]; then
+# In a subshell, so that no variable of the command's environment is changed by a variable of ours.
+(
+    [ -n "${SWARMMAIL_VOLUMES:-}" ] || exit 0
     [ -n "${SWARMMAIL_CLUSTER:-}" ] && [ -n "${SWARMMAIL_SERVICE:-}" ] && [ -n "${SWARMMAIL_NODE:-}" ] \
         && is_number "${SWARMMAIL_GENERATION:-}" \
         || refuse "the fence needs SWARMMAIL_CLUSTER, _SERVICE, _GENERATION (a number) and _NODE in the environment; deploy again."
@@ -77,6 +80,6 @@ if [ -n "${SWARMMAIL_VOLUMES:-}" ]; then
         volume=${rest%%:*} rest=${rest#*:}
         [ -z "$volume" ] || check "$volume"
     done
-fi
+) || exit
 
 exec "$@"

@@ -13,12 +13,15 @@ from swarmmail.model.errors import Refused
 from swarmmail.model.facts import HostFacts
 from swarmmail.model.inventory import Inventory
 from swarmmail.model.plan import Action, Plan, Step
-from swarmmail.model.swarm import Swarm
+from swarmmail.model.swarm import Node, Swarm
 
 PACKAGES = ("docker.io",)
 GOSSIP_PORT = 7946
 """TCP and UDP; Docker docs, "Getting started with swarm mode"."""
 OURS = ("debian", "ubuntu")
+NO_ADDRESS = "cannot assign requested address"
+"""Docker's words when its Swarm could not listen, as the tunnel was down when Docker started. It stays so until
+Docker is restarted (seen with Docker 26.1)."""
 
 
 def managers(inventory: Inventory) -> list[str]:
@@ -83,24 +86,33 @@ def design(inventory: Inventory, observed: Observed, files: Mapping[str, str]) -
     mtu = net.underlay_mtu(hosts, inventory)
     own = [i.network for f in hosts.values() if (i := mesh_model.interface_of(f.mesh.config)) is not None]
     used = [n for n in net.taken(hosts.values(), inventory) if not any(n.subnet_of(network) for network in own)]
-    block = net.free_block(used)
-    _wanted_subnets_free(inventory, observed, overlay is not None)
-    mesh = mesh_model.design(inventory, hosts, block.tunnel, mtu) if encryption == "wireguard" else None
+    settings = inventory.network
+    chosen = [IPv4Network(subnet) for subnet in (settings.subnet, settings.tunnel_subnet) if subnet != "auto"]
+    block = net.free_block(used + chosen)
+    if settings.subnet != "auto" and overlay is None:
+        _is_free("subnet", IPv4Network(settings.subnet), hosts, inventory, [])
+    if settings.tunnel_subnet != "auto" and encryption == "wireguard":
+        _is_free("tunnel_subnet", IPv4Network(settings.tunnel_subnet), hosts, inventory, own)
+    mesh = None
+    if encryption == "wireguard":
+        nodes = observed.swarm.nodes.values() if observed.swarm else ()
+        known = {facts.node for facts in hosts.values()}  # they say themselves where they are
+        members = {node.host: node.address for node in nodes if node.host and node.id not in known}
+        mesh = mesh_model.design(inventory, hosts, block.tunnel, mtu, members)
     return Design(inventory, observed, encryption, why, block, mtu, mesh, files if mesh else {})
 
 
-def _wanted_subnets_free(inventory: Inventory, observed: Observed, overlay_there: bool) -> None:
-    wanted = inventory.network.subnet
-    if wanted == "auto" or overlay_there:
-        return
-    for name, facts in observed.hosts.items():
+def _is_free(
+    key: str, wanted: IPv4Network, hosts: Mapping[str, HostFacts], inventory: Inventory, own: list[IPv4Network]
+) -> None:
+    for name, facts in hosts.items():
         for used in net.taken([facts], inventory):
-            if IPv4Network(wanted).overlaps(used):
+            if wanted.overlaps(used) and not any(used.subnet_of(network) for network in own):
                 raise Refused(
-                    f"network.subnet {wanted} overlaps {used}, which this host uses",
+                    f"network.{key} {wanted} overlaps {used}, which this host uses",
                     host=name,
                     step="choose subnets",
-                    hint="choose another, or write subnet: auto",
+                    hint=f"choose another, or write {key}: auto",
                 )
 
 
@@ -133,31 +145,63 @@ def plan(design: Design) -> Plan:
     for name, facts in hosts.items():
         steps += _engine(name, facts, design)
         steps += _mesh(name, facts, design)
+    memberships = {name: _membership(name, facts, design) for name, facts in hosts.items()}
+    if silent := [name for name, facts in hosts.items() if "dockerd" in facts.programs and not facts.engine]:
+        # They may be members: to join them anew would take a good node from the Swarm.
+        waits.append(f"Docker does not answer on {', '.join(silent)}; when it does, the rest of the plan shows")
+        return Plan(tuple(_in_order(steps)), tuple(notes), tuple(waits), is_partial=True)
+    asleep = {name for name, membership in memberships.items() if membership == "asleep"}
+    waits += [
+        f"{name}: its Swarm is {hosts[name].swarm} ({hosts[name].swarm_error or 'it looks for its managers'}); if it "
+        f"stays so, bring the other managers back, or give it up: docker swarm leave --force on {name}"
+        for name in sorted(asleep)
+    ]
+    if swarm is None and asleep:
+        # One of them may hold the only copy of our Swarm: nobody leaves, and no other one is made.
+        return Plan(tuple(_in_order(steps)), tuple(notes), tuple(waits))
     lead = swarm.manager if swarm is not None else chosen[0]
     rejoin: set[str] = set()
     for name, facts in hosts.items():
-        membership = _membership(name, facts, design)
+        membership = memberships[name]
         if membership == "lost":
             steps.append(
                 Step(Action.LEAVE, name, f"leave the half-done membership ({facts.swarm_error or facts.swarm})")
             )
-        if membership != "member":
+        if membership in ("none", "lost"):
             rejoin.add(name)
             if name == lead and swarm is None:
                 steps.append(Step(Action.INIT, name, f"make the Swarm, advertise {design.swarm_address(name)}"))
             else:
                 steps.append(Step(Action.JOIN, name, f"join the Swarm, advertise {design.swarm_address(name)}"))
-    steps += _roles(design, chosen, lead)
-    steps += _ghosts_and_labels(design, rejoin)
+    steps += _roles(design, [name for name in chosen if name not in asleep], lead)
+    steps += _labels(design, rejoin | asleep, asleep)
     steps += _network(design)
     if swarm is not None:
+        notes += [
+            f"node {node.id} ({node.hostname or 'unknown'}, {node.role}) is no host of the inventory and is left "
+            f"alone; to remove it: docker swarm leave on it, then docker node rm"
+            for node in _strangers(design)
+        ]
         for node in swarm.nodes.values():
-            if node.host in hosts and hosts[node.host].node == node.id and node.state != "ready":
-                waits.append(f"{node.host} is {node.state} in the Swarm")
+            owner = _owner(design, node)
+            if owner not in hosts or owner in asleep:
+                continue
+            if node.id == hosts[owner].node:
+                if node.state != "ready":
+                    waits.append(f"{owner} is {node.state} in the Swarm")
+            elif node.state != "ready" or node.address == design.swarm_address(owner):
+                steps.append(Step(Action.FORGET, owner, f"remove its old node {node.id} from the list", node.id))
+            else:
+                waits.append(
+                    f"node {node.id} at {node.address} is ready and labelled {owner}, but {owner} is another machine"
+                )
         waits += _deaf(design, swarm)
+    return Plan(tuple(_in_order(steps)), tuple(notes), tuple(waits))
+
+
+def _in_order(steps: list[Step]) -> list[Step]:
     order = list(Action)
-    steps.sort(key=lambda step: order.index(step.action))
-    return Plan(tuple(steps), tuple(notes), tuple(waits))
+    return sorted(steps, key=lambda step: order.index(step.action))
 
 
 def _deaf(design: Design, swarm: Swarm) -> list[str]:
@@ -191,9 +235,27 @@ def _engine(name: str, facts: HostFacts, design: Design) -> list[Step]:
                 step="install",
                 hint="install them there by hand, then run this again",
             )
-        return [Step(Action.INSTALL, name, f"install {' '.join(need)}", " ".join(need))]
+        steps = [Step(Action.INSTALL, name, f"install {' '.join(need)}", " ".join(need))]
+        return steps if "docker.io" in need else steps + _running(name, facts, design)
+    return _running(name, facts, design)
+
+
+def _running(name: str, facts: HostFacts, design: Design) -> list[Step]:
+    """Make Docker, which is installed, run so that its Swarm can."""
     if not facts.engine:
+        if facts.units.get("docker", ("",))[0] == "active":
+            return []  # it runs, but does not answer: a restart would end its tasks, the tunnel may be the reason
         return [Step(Action.START, name, "start Docker")]
+    if facts.swarm == "error" and NO_ADDRESS in facts.swarm_error:
+        address = facts.node_address
+        if not facts.link_of(address) and (design.mesh is None or str(design.mesh.addresses[name]) != address):
+            raise Refused(
+                f"its Swarm listens on {address or 'an address'} that the host does not have any more",
+                host=name,
+                step="bootstrap",
+                hint="give the host that address again, or give its membership up: docker swarm leave --force there",
+            )
+        return [Step(Action.START, name, f"restart Docker: its Swarm could not listen on {address}")]
     if facts.swarm == "inactive" and GOSSIP_PORT in facts.listening:
         return [
             Step(Action.START, name, f"restart Docker: an agent of an earlier Swarm still holds port {GOSSIP_PORT}")
@@ -216,8 +278,12 @@ def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:
         reasons.append("keys and addresses" if not facts.mesh.config else "a peer is new")
     elif facts.mesh.config != design.mesh_config(name, design.keys):
         reasons.append("configuration")
-    elif facts.mesh.address and facts.mesh.peers != {k for n, k in design.keys.items() if n != name}:
-        reasons.append("peers of the running tunnel")
+    elif facts.mesh.address and (
+        facts.mesh.peers != {k for n, k in design.keys.items() if n != name}
+        or facts.mesh.address != str(design.mesh.addresses[name])
+        or facts.mtus.get(net.MESH, design.mesh.mtu) != design.mesh.mtu
+    ):
+        reasons.append("peers, address or MTU of the running tunnel")
     if not facts.mesh.address:
         reasons.append("the tunnel is down")
     if not facts.mesh.guarded:
@@ -234,48 +300,61 @@ def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:
 
 
 def _membership(name: str, facts: HostFacts, design: Design) -> str:
-    """``member``, ``none``, or ``lost`` (a state that leaving and joining again repairs)."""
+    """How a host stands to the Swarm.
+
+    ``member``; ``none``; ``lost``: leaving and joining again repairs it, and takes nothing away; ``asleep``: it
+    is or may be a member that cannot answer yet (it has just started, or too few managers have). To leave would
+    then destroy what is to be kept: a manager's copy of the Swarm, at worst the only one.
+
+    What Docker 26.1 says (seen): a join that has not got through is pending without a node id; a member that
+    starts is pending with one; a manager without a majority is pending and ``ControlAvailable``; a worker whose
+    node was removed stays active, and pending after a restart; an error comes without node id and managers.
+    """
     swarm, inventory = design.observed.swarm, design.inventory
     if facts.swarm == "inactive" or not facts.engine:
         return "none"
     if facts.swarm == "locked":
         raise Refused("its Swarm is locked", host=name, step="bootstrap", hint="docker swarm unlock on that host")
+    if facts.swarm == "error" and NO_ADDRESS in facts.swarm_error:
+        return "asleep"  # until the restart that is planned
     ours = {design.swarm_address(other) for other in inventory.hosts} | {
         host.advertise for host in inventory.hosts.values()
     }
+    give_up = "if nothing there is needed: docker swarm leave --force on that host"
     node = swarm.nodes.get(facts.node) if swarm is not None else None
-    if swarm is not None and facts.is_manager and facts.cluster not in ("", swarm.id):
-        raise Refused(
-            f"is a manager of another swarm than {swarm.manager}",
-            host=name,
-            step="bootstrap",
-            hint="if nothing there is needed: docker swarm leave --force on that host",
-        )
-    if node is None or facts.swarm != "active":
-        if facts.managers and not set(facts.managers) & ours:
+    if swarm is not None and facts.is_manager and (facts.cluster not in ("", swarm.id) or node is None):
+        raise Refused(f"is a manager of another swarm than {swarm.manager}", host=name, step="bootstrap", hint=give_up)
+    if node is not None and facts.swarm == "active":
+        wanted = design.swarm_address(name)
+        if facts.node_address and facts.node_address != wanted:
             raise Refused(
-                f"belongs to another swarm (managers {', '.join(sorted(facts.managers))})",
+                f"advertises {facts.node_address} to the Swarm, wanted is {wanted} ({design.encryption})",
                 host=name,
                 step="bootstrap",
-                hint="if nothing there is needed: docker swarm leave --force on that host",
+                hint="it can't be changed in place: move its services away, docker swarm leave there, run this again",
             )
-        if swarm is None and facts.is_manager and facts.swarm == "active":
-            raise Refused(
-                "is a manager of a swarm that does not answer as ours",
-                host=name,
-                step="bootstrap",
-                hint="docker node ls on that host; without a majority of managers nothing can be changed",
-            )
-        return "lost"
-    wanted = design.swarm_address(name)
-    if facts.node_address and facts.node_address != wanted:
+        return "member"
+    if node is not None and facts.swarm == "pending":
+        return "asleep"
+    if facts.swarm == "error":
+        nodes = swarm.nodes.values() if swarm is not None else ()
+        known = {old.address for old in nodes if _owner(design, old) == name}
+        return "lost" if facts.node_address in known else "asleep"
+    strange = sorted(set(facts.managers) - ours)
+    if strange and len(strange) == len(set(facts.managers)):
         raise Refused(
-            f"advertises {facts.node_address} to the Swarm, wanted is {wanted} ({design.encryption})",
+            f"belongs to another swarm (managers {', '.join(strange)})", host=name, step="bootstrap", hint=give_up
+        )
+    if swarm is None and (strange or (facts.is_manager and facts.swarm == "pending")):
+        return "asleep"
+    if swarm is None and facts.is_manager:
+        raise Refused(
+            "is a manager of a swarm that does not answer as ours",
             host=name,
             step="bootstrap",
-            hint="it can't be changed in place: move its services away, docker swarm leave there, run this again",
+            hint="docker node ls on that host; without a majority of managers nothing can be changed",
         )
-    return "member"
+    return "lost"
 
 
 def _roles(design: Design, chosen: list[str], lead: str) -> list[Step]:
@@ -289,26 +368,34 @@ def _roles(design: Design, chosen: list[str], lead: str) -> list[Step]:
         role = current.get(name)
         if role != "manager" and not (swarm is None and name == lead):
             steps.append(Step(Action.PROMOTE, name, "make it a manager"))
+    if any(node.role == "manager" for node in _strangers(design)):
+        return steps  # its end would leave too few: first it goes, then the number is put right
     for name, role in current.items():
-        if role == "manager" and name not in chosen:
+        if role == "manager" and name not in managers(design.inventory):
             steps.append(Step(Action.DEMOTE, name, "make it a worker"))
     return steps
 
 
-def _ghosts_and_labels(design: Design, rejoin: set[str]) -> list[Step]:
+def _labels(design: Design, unlabelled: set[str], asleep: set[str]) -> list[Step]:
     swarm, steps = design.observed.swarm, []
     for name, facts in design.observed.hosts.items():
-        node = swarm.nodes.get(facts.node) if swarm is not None and name not in rejoin else None
-        if node is None or node.host != name:
+        node = swarm.nodes.get(facts.node) if swarm is not None and name not in unlabelled else None
+        if name not in asleep and (node is None or node.host != name):
             steps.append(Step(Action.LABEL, name, f"label its node swarmmail.host={name}"))
-    if swarm is not None:
-        for node in swarm.nodes.values():
-            known = node.host or node.hostname
-            if (known in design.observed.hosts and node.id != design.observed.hosts[known].node) or (
-                known in rejoin and node.state != "ready"
-            ):
-                steps.append(Step(Action.FORGET, known, f"remove its old node {node.id} from the list", node.id))
     return steps
+
+
+def _owner(design: Design, node: Node) -> str:
+    """The host that a node is or was: by id, else by address, else by label (which may have been set by hand; and
+    a host name may be shared, F30)."""
+    by_id = {facts.node: name for name, facts in design.observed.hosts.items() if facts.node}
+    by_address = {design.swarm_address(name): name for name in design.inventory.hosts}
+    return by_id.get(node.id) or by_address.get(node.address) or node.host
+
+
+def _strangers(design: Design) -> list[Node]:
+    nodes = design.observed.swarm.nodes.values() if design.observed.swarm is not None else ()
+    return [node for node in nodes if _owner(design, node) not in design.inventory.hosts]
 
 
 def _network(design: Design) -> list[Step]:
@@ -328,7 +415,8 @@ def _network(design: Design) -> list[Step]:
         )
     if wanted.subnet != "auto" and there.subnet != str(wanted.subnet):
         problems.append(f"subnet is {there.subnet}, wanted {wanted.subnet}")
-    if there.mtu != str(design.network_mtu):
+    fits = wanted.mtu == "auto" and there.mtu.isdigit() and int(there.mtu) <= design.network_mtu
+    if there.mtu != str(design.network_mtu) and not fits:
         problems.append(f"MTU option is {there.mtu or 'missing'}, wanted {design.network_mtu}")
     if not there.attachable:
         problems.append("it is not attachable")

@@ -41,12 +41,22 @@ def interface_of(config: str) -> IPv4Interface | None:
         return None
 
 
-def design(inventory: Inventory, hosts: Mapping[str, HostFacts], free: IPv4Network, underlay_mtu: int) -> Mesh:
+def design(
+    inventory: Inventory,
+    hosts: Mapping[str, HostFacts],
+    free: IPv4Network,
+    underlay_mtu: int,
+    members: Mapping[str, str] | None = None,
+) -> Mesh:
     """Keep every address that a host has; give new hosts the lowest ones that are free.
 
+    ``members``: the addresses that the Swarm knows, by host, also of hosts that are not in the inventory (any more).
+
     Raises:
-        Refused: two hosts have different subnets, or the subnet is too small.
+        Refused: two hosts have different subnets or the same key, or the subnet is too small.
     """
+    members = members or {}
+    _keys_differ(hosts)
     have = {n: i for n, facts in hosts.items() if (i := interface_of(facts.mesh.config)) is not None}
     wanted = inventory.network.tunnel_subnet
     subnet = free if wanted == "auto" else IPv4Network(wanted)
@@ -60,8 +70,20 @@ def design(inventory: Inventory, hosts: Mapping[str, HostFacts], free: IPv4Netwo
                     step="mesh",
                     hint="set network.tunnel_subnet to what is there, or leave the swarm on that host first",
                 )
-    addresses = {name: interface.ip for name, interface in have.items()}
-    rest = (address for address in subnet.hosts() if address not in set(addresses.values()))
+    addresses: dict[str, IPv4Address] = {}
+    # where a configuration was lost, the running tunnel knows, or the Swarm, which cannot change an address
+    for source in (
+        {name: str(interface.ip) for name, interface in have.items()},
+        {name: facts.mesh.address for name, facts in hosts.items()},
+        {name: facts.node_address for name, facts in hosts.items()},
+        members,
+    ):
+        for name in hosts:
+            address = _address_in(subnet, source.get(name, ""))
+            if name not in addresses and address is not None and address not in addresses.values():
+                addresses[name] = address
+    strangers = {text for name, text in members.items() if name not in hosts}
+    rest = (a for a in subnet.hosts() if a not in set(addresses.values()) and str(a) not in strangers)
     for name in inventory.hosts:
         if name not in addresses:
             address = next(rest, None)
@@ -69,6 +91,27 @@ def design(inventory: Inventory, hosts: Mapping[str, HostFacts], free: IPv4Netwo
                 raise Refused(f"subnet {subnet} has no address left", host=name, step="mesh")
             addresses[name] = address
     return Mesh(subnet, inventory.network.tunnel_port, underlay_mtu - WIREGUARD_OVERHEAD, addresses)
+
+
+def _keys_differ(hosts: Mapping[str, HostFacts]) -> None:
+    owners: dict[str, str] = {}
+    for name, facts in hosts.items():
+        if facts.mesh.public_key and owners.setdefault(facts.mesh.public_key, name) != name:
+            raise Refused(
+                f"has the same tunnel key as {owners[facts.mesh.public_key]}: is it a copy of that machine?",
+                host=name,
+                step="mesh",
+                hint=f"rm {KEY_FILE} {CONFIG_FILE} there, docker swarm leave --force if it is not meant to be a "
+                "member yet, then run this again",
+            )
+
+
+def _address_in(subnet: IPv4Network, text: str) -> IPv4Address | None:
+    try:
+        address = IPv4Address(text)
+    except ValueError:
+        return None
+    return address if address in subnet else None
 
 
 def render(inventory: Inventory, mesh: Mesh, name: str, keys: Mapping[str, str]) -> str:

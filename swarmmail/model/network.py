@@ -87,11 +87,10 @@ def choose_encryption(inventory: Inventory, hosts: Mapping[str, HostFacts], encr
     if asked == "none":
         return "none", "the inventory says so: LMTP CROSSES THE NETWORK IN CLEAR TEXT"
     if asked == "auto":
-        if encrypted is not None or any(facts.mesh.config for facts in hosts.values()):
-            if any(facts.mesh.config for facts in hosts.values()):
-                return "wireguard", "the tunnel is there already"
-            if encrypted:
-                return "ipsec", "the overlay is there already"
+        if encrypted:
+            return "ipsec", "the overlay is there already"
+        if any(facts.mesh.config for facts in hosts.values()):
+            return "wireguard", "the tunnel is there already"
         without = sorted(name for name, facts in hosts.items() if not facts.esp)
         behind = sorted(name for name, host in inventory.hosts.items() if host.nat)
         if not without and not behind:

@@ -8,17 +8,21 @@ from enum import StrEnum
 
 
 class Action(StrEnum):
-    """What a step does. The order here is the order of the work; within one action hosts run in parallel."""
+    """What a step does. The order here is the order of the work; within one action hosts run in parallel.
+
+    The tunnel comes before Docker, whose Swarm listens on the tunnel's address and fails for good without it;
+    nodes that are gone are removed before a manager is demoted, which could else leave no majority.
+    """
 
     INSTALL = "install"
-    START = "start"
     MESH = "mesh"
+    START = "start"
     LEAVE = "leave"
     INIT = "init"
     JOIN = "join"
     PROMOTE = "promote"
-    DEMOTE = "demote"
     FORGET = "forget"
+    DEMOTE = "demote"
     LABEL = "label"
     NETWORK = "network"
 
@@ -40,6 +44,8 @@ class Plan:
     steps: tuple[Step, ...] = ()
     notes: tuple[str, ...] = ()
     waits: tuple[str, ...] = ()
+    is_partial: bool = False
+    """Not all could be seen before these steps are done: then plan again."""
 
     @property
     def is_empty(self) -> bool:

@@ -6,13 +6,15 @@ Fixtures
     ``fresh``     ``lab`` with the hosts clean: Docker runs, its images are kept, and there is no swarm, mesh, lock,
                   container, volume or network. About 1.3 s, and nothing when they are clean already.
     ``clustered`` ``lab`` after a ``fab bootstrap`` of ``CLUSTER`` (0.6 s when there is nothing to do).
+    ``deployed``  ``lab`` after a ``fab bootstrap deploy`` of ``MAIL``, the same hosts with the mail stack (1.2 s).
     ``fab``       ``project.fab``.
     ``make_project``  for a test that needs other hosts: ``make_project("name")`` is a project whose lab is removed
                   at the end of the test; ``with temporary(place, "name") as project`` is the same for a fixture of
                   another scope. A host costs 50 MiB, and a stock kernel allows 14 on a machine (inotify): be sparing.
 
 Project
-    ``fab(*words, env=, check=, timeout=)`` runs the command line in the folder, without a terminal: a ``Result``.
+    ``fab(*words, env=, check=, timeout=, stdin=)`` runs the command line in the folder, without a terminal: a
+    ``Result``.
     ``check=0`` (any status) fails the test unless the command ends with it. ``start`` does not wait for it.
     ``inventory(name, hosts=, **changes)`` writes ``inventories/NAME.yml`` and returns NAME, for ``--inventory``.
     ``sh(host, script)`` runs a script on a host past SSH (for breaking things, and when SSH is broken).
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import getpass
 import hashlib
 import json
@@ -58,6 +61,16 @@ REPO = Path(__file__).resolve().parents[2]
 HOSTS = ("host1", "host2", "host3")
 CLUSTER = "cluster"
 """Name of the inventory that ``clustered`` uses: three managers, no stack."""
+MAIL = "mail"
+"""Name of the inventory that ``deployed`` uses."""
+STACK: Mapping[str, Any] = {
+    "path": "../stacks/mail",
+    "name": "mail",
+    "settings": {"MAIL_DOMAIN": "lab.test", "MAIL_HOSTNAME": "mx.lab.test"},
+    "tls": {"certificate": "../.lab/tls.crt", "key": "../.lab/tls.key", "ca": "../.lab/ca.crt"},
+    "placement": {"mta": "host1", "mda": "host3"},
+}
+"""Section ``stack`` of that inventory."""
 
 # Docker is killed and its state taken away, because `swarm leave` of the last of three managers waits 5 s for
 # the others, and what a test broke might keep it from working at all. Images stay: they are what takes time.
@@ -168,16 +181,19 @@ class Project:
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "DOCKER_HOST", "TMPDIR")}
         return {**kept, "HOME": str(self.root / "home"), "PYTHONPATH": str(REPO), **(env or {})}
 
-    def start(self, *words: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "fabric", *words],
-            cwd=self.root,
-            env=self.environment(env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, *words: str, env: Mapping[str, str] | None = None, stdin: str = "") -> subprocess.Popen[str]:
+        with tempfile.TemporaryFile("w+") as given:
+            given.write(stdin)
+            given.seek(0)
+            return subprocess.Popen(
+                [sys.executable, "-m", "fabric", *words],
+                cwd=self.root,
+                env=self.environment(env),
+                stdin=given,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
 
     def finish(self, process: subprocess.Popen[str], timeout: float = 120) -> Result:
         """Wait for what ``start`` began; after ``timeout`` seconds it is killed, and the test fails."""
@@ -192,9 +208,14 @@ class Project:
         return Result(words, process.returncode, out, err, time.monotonic() - began)
 
     def fab(
-        self, *words: str, env: Mapping[str, str] | None = None, check: int | None = None, timeout: float = 120
+        self,
+        *words: str,
+        env: Mapping[str, str] | None = None,
+        check: int | None = None,
+        timeout: float = 120,
+        stdin: str = "",
     ) -> Result:
-        result = self.finish(self.start(*words, env=env), timeout)
+        result = self.finish(self.start(*words, env=env, stdin=stdin), timeout)
         if check is not None:
             assert result.status == check, str(result)
         return result
@@ -415,6 +436,16 @@ def clustered(lab: Project) -> Project:
     if lab.bootstrap(CLUSTER).status != 0:
         lab.reset()
         lab.bootstrap(CLUSTER, check=0)
+    return lab
+
+
+@pytest.fixture
+def deployed(lab: Project) -> Project:
+    lab.inventory(MAIL, stack=STACK)
+    both = functools.partial(lab.fab, "bootstrap", "deploy", env={"SWARMMAIL_INVENTORY": MAIL}, timeout=300)
+    if both().status != 0:
+        lab.reset()
+        both(check=0)
     return lab
 
 

@@ -5,7 +5,7 @@
 #   images   save the archives, load on each host the one meant for it (beside swarm: at the same time)
 #   secrets  create the stack's secrets
 #   stack    deploy the stack, wait until it runs
-# FOLDER, written by bootstrap.py: ssh_config; settings (shell: network, stack, images); hosts (lines: name address role
+# FOLDER, written by bootstrap.py: settings (shell: ssh_config, network, stack, images); hosts (lines: name address role
 # archive labels, - for none; the first host is the first manager); archives (lines: file image...); stack.json; secrets.
 set -u
 wait_script=$(cd "$(dirname "$0")" && pwd)/wait.sh
@@ -15,7 +15,7 @@ steps=" $* "
 . ./settings
 
 wants() { [[ $steps == *" $1 "* ]]; }
-on() { local name=$1; shift; ssh -F ssh_config "${address[$name]}" "$@"; }
+on() { local name=$1; shift; ssh -F "$ssh_config" "${address[$name]}" "$@"; }
 all() { local pid; for pid in "$@"; do wait "$pid" || { echo "FAILED: process $pid"; exit 1; }; done; }
 
 declare -A address role archive labels

@@ -1,0 +1,334 @@
+"""``deploy`` and ``plan`` where all goes well: what they do, what they show, and what they leave alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import pytest
+from conftest import HOSTS, MAIL, STACK, Project
+from mailing import (
+    DONE,
+    accounts,
+    container,
+    deploy,
+    healed,
+    marker,
+    services,
+    undeploy,
+    variant,
+    versions,
+    volume,
+)
+
+pytestmark = pytest.mark.lab
+
+PLAN = ("plan", "--inventory", MAIL)
+
+
+@pytest.fixture
+def empty(clustered: Project) -> Project:
+    """A Swarm without the stack."""
+    clustered.inventory(MAIL, stack=STACK)
+    undeploy(clustered)
+    return clustered
+
+
+def running(project: Project) -> dict[str, tuple[str, str]]:
+    """Each service's host and container."""
+    return {
+        service: (host, found)
+        for service in ("mail_mta", "mail_mda")
+        for host in HOSTS
+        if (found := container(project, host, service))
+    }
+
+
+# ---- a first deploy and a second ----
+
+
+def test_the_first_deploy_ends_with_a_mail_read_back_from_another_host(fresh: Project) -> None:
+    """From bare hosts, in one command."""
+    fresh.inventory(MAIL, stack=STACK)
+    result = fresh.fab("bootstrap", "deploy", env={"SWARMMAIL_INVENTORY": MAIL}, check=0, timeout=300)
+    assert re.match(DONE, result.stdout.splitlines()[-1]), str(result)
+    assert result.errors == []
+    assert {service: host for service, (host, _) in running(fresh).items()} == {
+        "mail_mta": "host1",
+        "mail_mda": "host3",
+    }
+    nodes = {node["Spec"]["Labels"]["swarmmail.host"]: node for node in fresh.host("host1").docker.nodes()}
+    for host, name, service in (("host1", "mail_queue", "mta"), ("host3", "mail_mail", "mda")):
+        assert marker(fresh, host, name) == {
+            "cluster": "test",
+            "service": service,
+            "generation": "1",
+            "node": nodes[host]["ID"],
+            "state": "live",
+        }
+        assert [other for other in HOSTS if volume(fresh, other, name)] == [host]
+        assert fresh.sh(host, f"stat -c '%U %a' {volume(fresh, host, name)}/.swarmmail-volume") == "root 644\n"
+    for raw in services(fresh).values():
+        image = raw["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"]
+        assert re.fullmatch(r"swarmmail/m[td]a:[0-9a-f]{12}", image), "a tag made of the content, never latest"
+    assert accounts(fresh) == [], "the probe is tidy"
+
+
+def test_a_second_deploy_says_nothing_to_do_and_changes_nothing(deployed: Project) -> None:
+    before = versions(deployed), running(deployed)
+    result = deploy(deployed, check=0)
+    assert (result.stdout, result.stderr) == ("deploy: nothing to do\n", "")
+    assert (versions(deployed), running(deployed)) == before
+    assert result.seconds < 3
+
+
+def test_deploy_without_the_probe(empty: Project) -> None:
+    result = deploy(empty, "--no-probe", check=0)
+    assert result.stdout.splitlines()[-1] == "deploy: all services run what was asked (the probe mail was left out)"
+    assert not any("probe" in event for event in result.events)
+    healed(empty)
+
+
+# ---- plan ----
+
+
+def test_plan_with_nothing_to_do_is_0(deployed: Project) -> None:
+    result = deployed.fab(*PLAN, check=0)
+    assert result.stdout == "plan: nothing to do\n" and result.errors == []
+
+
+def test_plan_before_there_is_a_swarm_is_2(fresh: Project) -> None:
+    fresh.inventory(MAIL, stack=STACK)
+    result = fresh.fab(*PLAN, check=2)
+    assert "make the Swarm" in result.stdout and "then: deploy stack mail (mta, mda)" in result.stdout, str(result)
+    assert fresh.host("host1").docker.info()["Swarm"]["LocalNodeState"] == "inactive"
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [(PLAN, 2), (("deploy", "--plan", "--inventory", MAIL), 0), (("--dry", "deploy", "--inventory", MAIL), 0)],
+    ids=["plan", "deploy --plan", "--dry deploy"],
+)
+def test_showing_what_would_be_deployed_changes_nothing(empty: Project, words: tuple[str, ...], status: int) -> None:
+    before = versions(empty)
+    result = empty.fab(*words, check=status)
+    for text in (
+        "make volume mail_queue on host1, generation 1",
+        "make volume mail_mail on host3, generation 1",
+        "make secret mail_tls-key_",
+        "make config mail_fence_",
+        "create service mail_mta (swarmmail/mta:",
+        "create service mail_mda (swarmmail/mda:",
+    ):
+        assert f"+ {text}" in result.stdout, str(result)
+    assert versions(empty) == before == {}
+    assert all(empty.sh(host, "docker volume ls -q; docker ps -aq") == "" for host in HOSTS)
+    assert not any(
+        key.startswith("swarmmail.m") for n in empty.host("host1").docker.nodes() for key in n["Spec"]["Labels"]
+    )
+
+
+# ---- what a change costs ----
+
+
+def test_a_changed_file_updates_its_service_only_and_sends_the_missing_layers_only(deployed: Project) -> None:
+    changed = variant(deployed, "changed", {"mta/main.cf": lambda text: text + "# changed\n"})
+    before, was = services(deployed), running(deployed)
+    plan = deployed.fab("plan", "--inventory", changed, check=2)
+    assert re.search(r"update service mail_mta\n    image: swarmmail/mta:\w{12} -> swarmmail/mta:\w{12}\n", plan.stdout)
+    assert "mda" not in plan.stdout
+    result = deploy(deployed, inventory=changed, check=0)
+    after, now = services(deployed), running(deployed)
+    assert after["mail_mda"]["Version"] == before["mail_mda"]["Version"] and now["mail_mda"] == was["mail_mda"]
+    images = [raw["mail_mta"]["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"] for raw in (before, after)]
+    assert images[0] != images[1] and now["mail_mta"][1] != was["mail_mta"][1]
+    # nothing for host3; for host1 a few layers of kilobytes, of an image of more than 100 MB
+    sent = [event for event in result.events if "image (" in event]
+    assert len(sent) == 1 and sent[0].startswith("host1: "), str(result)
+    spared, megabytes = re.search(r"\((\d+) MB are there already\): (\d+\.\d) MB", sent[0]).groups()  # type: ignore[union-attr]
+    assert int(spared) > 100 and float(megabytes) < 1
+    assert "build swarmmail/mda" not in result.output
+    healed(deployed)
+
+
+def test_an_image_built_on_a_host(deployed: Project) -> None:
+    """Without Docker on the operator's machine."""
+    changed = variant(deployed, "there", {"mda/mda": lambda text: text + "# changed\n"}, build="host2")
+    result = deploy(deployed, inventory=changed, check=0, timeout=240, env={"DOCKER_HOST": "unix:///nowhere.sock"})
+    assert any(event.startswith("host2: built swarmmail/mda:") for event in result.events), str(result)
+    assert deployed.host("host2").docker.images("swarmmail/mda")
+    healed(deployed)
+
+
+def test_a_changed_setting_restarts_what_uses_it_only(deployed: Project) -> None:
+    name = variant(deployed, "named", settings={"MAIL_DOMAIN": "lab.test", "MAIL_HOSTNAME": "other.lab.test"})
+    before = running(deployed)
+    result = deploy(deployed, inventory=name, check=0)
+    assert (
+        "    environment: - MAIL_HOSTNAME=mx.lab.test\n    environment: + MAIL_HOSTNAME=other.lab.test\n"
+        in result.stdout
+    )
+    assert running(deployed)["mail_mda"] == before["mail_mda"]
+    healed(deployed)
+
+
+def test_what_no_view_shows_is_a_change_too(deployed: Project) -> None:
+    """A health check is in no diff line of its own, but deployed all the same."""
+    name = variant(deployed, "health", {"stack.yml": lambda text: text.replace("timeout: 10s", "timeout: 9s", 1)})
+    result = deploy(deployed, inventory=name, check=0)
+    assert "+ update service mail_mta\n    definition: other settings of the stack file" in result.stdout, str(result)
+    check = services(deployed)["mail_mta"]["Spec"]["TaskTemplate"]["ContainerSpec"]["Healthcheck"]
+    assert check["Timeout"] == 9_000_000_000
+    healed(deployed)
+
+
+def test_a_service_that_left_the_file_is_removed_and_its_volume_stays(deployed: Project) -> None:
+    def more(text: str) -> str:
+        service = (
+            "  extra:\n    image: swarmmail/mta\n    build: ./mta\n    entrypoint: [sleep, '600']\n"
+            "    volumes: ['extra:/data']\n    deploy: {endpoint_mode: dnsrr}\n    networks: [local-mail-delivery]\n"
+        )
+        return text.replace("\nnetworks:\n", f"\n{service}\nnetworks:\n").replace(
+            "\n  mail:\n", "\n  mail:\n  extra:\n", 1
+        )
+
+    name = variant(deployed, "more", {"stack.yml": more}, placement={**STACK["placement"], "extra": "host2"})
+    before = running(deployed)
+    result = deploy(deployed, inventory=name, check=0)
+    assert "+ create service mail_extra" in result.stdout
+    assert container(deployed, "host2", "mail_extra")
+    result = deploy(deployed, check=0)
+    assert "+ remove service mail_extra (its volumes stay)" in result.stdout, str(result)
+    assert list(services(deployed)) == ["mail_mta", "mail_mda"] or set(services(deployed)) == {"mail_mta", "mail_mda"}
+    assert marker(deployed, "host2", "mail_extra")["service"] == "extra"
+    assert running(deployed) == before
+    healed(deployed)
+
+
+def test_a_service_with_data_is_never_moved(deployed: Project) -> None:
+    """Invariant 4: the inventory says where a service begins, the Swarm where it is."""
+    name = variant(deployed, "elsewhere", placement={"mta": "host2", "mda": "host2"})
+    before = versions(deployed), running(deployed)
+    result = deploy(deployed, inventory=name, check=0)
+    for service, host in (("mta", "host1"), ("mda", "host3")):
+        assert any(
+            event.startswith(f"{service} stays on {host} (the inventory begins it on host2)") for event in result.events
+        ), str(result)
+    assert result.stdout == "deploy: nothing to do\n"
+    assert (versions(deployed), running(deployed)) == before
+
+
+# ---- drift: what was changed by hand ----
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "service", "line"),
+    [
+        (
+            "docker service update -d --env-add MAIL_DOMAIN=evil.test mail_mda",
+            "mda",
+            "environment: - MAIL_DOMAIN=evil.test",
+        ),
+        ("docker service scale -d mail_mta=0", "mta", "replicas: 0 -> 1"),
+        (
+            "docker service update -d --constraint-rm 'node.labels.swarmmail.mda == true' mail_mda",
+            "mda",
+            "placement: (none) -> node.labels.swarmmail.mda == true",
+        ),
+        ("docker service update -d --publish-rm 143 mail_mda", "mda", "ports: + 143->143/tcp"),
+        ("docker service update -d --args 'sleep 600' mail_mta", "mta", "command: sleep 600 -> "),
+        ("docker service update -d --cap-add SYS_ADMIN mail_mda", "mda", "rights: + CAP_SYS_ADMIN"),
+        ("docker service rm mail_mta", "mta", "create service mail_mta"),
+    ],
+    ids=["environment", "scaled to 0", "constraint", "port", "command", "rights", "removed"],
+)
+def test_drift_is_seen_and_mended(deployed: Project, by_hand: str, service: str, line: str) -> None:
+    deployed.sh("host1", by_hand)
+    plan = deployed.fab(*PLAN, check=2)
+    assert f"{line}" in plan.stdout, str(plan)
+    assert plan.stdout.count("+ ") - plan.stdout.count("  environment: + ") - plan.stdout.count(": + ") <= 1, str(plan)
+    result = deploy(deployed, check=0)
+    assert re.match(DONE, result.stdout.splitlines()[-1]), str(result)
+    assert deployed.fab(*PLAN, check=0).stdout == "plan: nothing to do\n"
+
+
+def test_a_label_removed_by_hand_is_put_back_where_the_data_is(deployed: Project) -> None:
+    deployed.sh("host1", "docker node update --label-rm swarmmail.mda host3")
+    result = deploy(deployed, check=0)
+    assert "label the node of host3: mda has its data there" in result.stdout, str(result)
+    assert set(running(deployed)) == {"mail_mta", "mail_mda"}
+    healed(deployed)
+
+
+# ---- certificates ----
+
+
+def test_a_renewed_certificate_is_served_and_the_old_one_is_pruned(deployed: Project) -> None:
+    import trustme
+
+    ca = trustme.CA()
+    leaf = ca.issue_cert("mx.lab.test", *(deployed.address(host) for host in HOSTS))
+    folder = deployed.root / "renewed"
+    folder.mkdir(exist_ok=True)
+    leaf.private_key_pem.write_to_path(folder / "tls.key")
+    (folder / "tls.crt").write_bytes(b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
+    ca.cert_pem.write_to_path(folder / "ca.crt")
+    tls = {
+        name: f"../renewed/{file}" for name, file in (("certificate", "tls.crt"), ("key", "tls.key"), ("ca", "ca.crt"))
+    }
+    name = variant(deployed, "renewed", tls=tls)
+    old = {n for n in versions(deployed) if "_tls-" in n}
+    result = deploy(deployed, inventory=name, check=0)
+    assert len(re.findall(r"^\+ make secret mail_tls-", result.stdout, re.M)) == 2
+    assert len(re.findall(r"^    secrets: - mail_tls-", result.stdout, re.M)) == 4
+    new = {n for n in versions(deployed) if "_tls-" in n}
+    assert len(new) == 2 and not new & old, "the old ones are gone"
+    for host, port, words in (
+        ("host1", 25, ["-starttls", "smtp"]),
+        ("host3", 993, []),
+        ("host3", 143, ["-starttls", "imap"]),
+    ):
+        shown = subprocess.run(
+            [
+                "openssl",
+                "s_client",
+                "-connect",
+                f"{deployed.address(host)}:{port}",
+                "-CAfile",
+                folder / "ca.crt",
+                *words,
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        assert "Verify return code: 0 (ok)" in shown.stdout, f"{host} {port}: {shown.stdout}{shown.stderr}"
+    healed(deployed)
+    assert {n for n in versions(deployed) if "_tls-" in n} == old
+
+
+# ---- status ----
+
+
+def test_status_as_json_and_as_a_screen(deployed: Project) -> None:
+    state = json.loads(deployed.fab("status", "--json", "--inventory", MAIL, check=0).stdout)
+    assert [(node["host"], node["state"], node["guarded"]) for node in state["nodes"]] == [
+        (h, "ready", True) for h in HOSTS
+    ]
+    assert [(s["service"], s["host"], s["state"]) for s in state["services"]] == [
+        ("mda", "host3", "healthy"),
+        ("mta", "host1", "healthy"),
+    ]
+    assert [(v["volume"], v["host"], v["generation"], v["state"]) for v in state["volumes"]] == [
+        ("mail_queue", "host1", 1, "live"),
+        ("mail_mail", "host3", 1, "live"),
+    ]
+    assert all(v["bytes"] > 0 for v in state["volumes"])
+    assert state["queue"] == {"messages": 0} and state["pending"] == []
+    assert state["encryption"]["configured"] == "wireguard" and state["encryption"]["measured"] is None
+    screen = deployed.fab("status", "--inventory", MAIL, check=0).stdout
+    assert screen.count("healthy") == 2 and "queue: 0 messages" in screen and "as configured" in screen
+    assert "encrypted" not in screen, "nothing was measured"
