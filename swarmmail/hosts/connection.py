@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fabric
@@ -164,7 +165,7 @@ class Host:
             "look_for_keys": self.spec.key is None,
         }
         if self.spec.key is not None:
-            kwargs["key_filename"] = str(self.spec.key)
+            kwargs["pkey"] = self._private_key(self.spec.key)
         if self._gateway is not None:
             self._gateway.open()
         connection = fabric.Connection(
@@ -187,6 +188,18 @@ class Host:
             ) from None
         client.set_missing_host_key_policy(_KnownKeyOnly(self.name, str(self._known_hosts)))
         return connection
+
+    def _private_key(self, path: Path) -> paramiko.PKey:
+        """The key itself: given a file name, paramiko tries it as every kind of key, and its last try hides why
+        the server refused."""
+        try:
+            return paramiko.PKey.from_path(path)
+        except paramiko.PasswordRequiredException:
+            raise self._unreachable(
+                f"key {path} has a passphrase", "ssh-add it, and leave 'key' out of the inventory"
+            ) from None
+        except (OSError, paramiko.SSHException, paramiko.UnknownKeyType, ValueError) as error:
+            raise self._unreachable(f"key {path} can't be used ({error})", "name another key") from None
 
     @property
     def _known_hosts(self) -> Any:
@@ -259,7 +272,10 @@ class Host:
             raise HostError(f"connection lost ({error})", host=self.name, step=step) from None
         with contextlib.closing(channel):
             channel.settimeout(timeout)
-            channel.exec_command(command)
+            try:
+                channel.exec_command(command)
+            except (paramiko.SSHException, EOFError, OSError) as error:
+                raise HostError(f"the host runs no command ({error})", host=self.name, step=step) from None
 
             def drain(receive: Any, into: list[bytes]) -> None:
                 with contextlib.suppress(socket.timeout, OSError, EOFError):
