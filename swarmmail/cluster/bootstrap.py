@@ -20,7 +20,7 @@ from swarmmail.model.plan import Action, Plan, Step
 from swarmmail.model.swarm import Swarm
 
 _ALARM = "CLEAR TEXT"
-SETTLE = 30  # seconds that nodes may take to become Ready after the last step
+SETTLE = 75  # seconds that nodes may take to become Ready: after a change of leader each has to report anew
 
 
 def observe(fleet: Fleet, strict: bool = True) -> Observed:

@@ -9,6 +9,7 @@ Tools
     swarmmail    the command line as users type it, start of Python included
     ansible      ``peers/site.yml``, what a good practitioner runs today (community.docker), tuned by its ansible.cfg
     floor        ``peers/floor.sh``, the same Docker commands by multiplexed SSH, in parallel; nothing is checked
+    ..., settled the floor also waits until all nodes hear each other by gossip, as swarmmail does: names resolve then
     ..., placed  the peer brings an image only to the host that runs it, as swarmmail does; otherwise to all hosts
 
 Cases
@@ -78,7 +79,7 @@ LIMIT = 600  # seconds for one run
 SCENARIOS = (("first", "second"), ("many",), ("stack", "layer"), ("mesh", "mesh-second"))
 """Cases that follow each other on the same hosts."""
 CASES = tuple(case for scenario in SCENARIOS for case in scenario)
-TOOLS = ("swarmmail", "ansible", "ansible, placed", "floor", "floor, placed")
+TOOLS = ("swarmmail", "ansible", "ansible, placed", "floor", "floor, settled", "floor, placed")
 
 Events = Sequence[tuple[float, str]]
 """What a tool printed, a line each, with the seconds since its start."""
@@ -343,8 +344,8 @@ class Tool:
     copying: Callable[[Events], float | None]
     """Seconds of a run in which images were copied."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    placed: bool | None = None
-    """For a peer: whether images go only where they run. Those that do take part in stack and layer only."""
+    placed: bool = False
+    """Whether images go only to the hosts that run them."""
 
 
 def swarmmail() -> Tool:
@@ -398,20 +399,20 @@ def _copying_of_ansible(events: Events) -> float | None:
     return sum(spans) if spans else None
 
 
-def floor(bench: Bench, placed: bool) -> Tool:
+def floor(bench: Bench, kind: str = "") -> Tool:
+    """``kind``: empty, settled or placed."""
+    whole = ["swarm", "images", "secrets", "stack"]
     steps = {
-        "first": ["swarm"],
-        "many": ["swarm"],
-        "stack": ["swarm", "images", "secrets", "stack"],
-        "layer": ["images", "stack"],
-    }
+        "": {"first": ["swarm"], "many": ["swarm"], "stack": whole, "layer": ["images", "stack"]},
+        "settled": {"first": ["swarm", "settle"], "many": ["swarm", "settle"]},
+        "placed": {"stack": whole, "layer": ["images", "stack"]},
+    }[kind]
 
     def command(case: str) -> list[str] | None:
-        if case not in steps or (placed and case not in ("stack", "layer")):
-            return None
-        return [str(PEERS / "floor.sh"), str(bench.peers), *steps[case]]
+        return [str(PEERS / "floor.sh"), str(bench.peers), *steps[case]] if case in steps else None
 
-    return Tool("floor, placed" if placed else "floor", command, _copying_of_the_floor, placed=placed)
+    name = f"floor, {kind}" if kind else "floor"
+    return Tool(name, command, _copying_of_the_floor, placed=kind == "placed")
 
 
 def _copying_of_the_floor(events: Events) -> float | None:
@@ -522,12 +523,12 @@ def scenario(bench: Bench, tool: Tool, cases: Sequence[str], wanted: set[str], h
     bench.renew(hosts)
     bench.inventory("wireguard" if cases[0].startswith("mesh") else "none")
     bench.build()
-    bench.write_peers(bool(tool.placed))
+    bench.write_peers(tool.placed)
     for case in cases:
         if case == "layer":
             bench.change_layer()
             bench.build()
-            bench.write_peers(bool(tool.placed), ["mta"])
+            bench.write_peers(tool.placed, ["mta"])
             time.sleep(2)
         done.append(run(bench, tool, case, rep))
         if done[-1].problem:
@@ -731,7 +732,7 @@ def measure(given: argparse.Namespace, root: Path) -> int:
     bench = Bench(root, modules=not given.without_ansible)
     bench.make()
     ours = swarmmail()
-    peers = [floor(bench, placed=False), floor(bench, placed=True)]
+    peers = [floor(bench), floor(bench, "settled"), floor(bench, "placed")]
     if not given.without_ansible:
         venv = install_ansible(given.cache.resolve())
         peers = [ansible(bench, venv, placed=False), ansible(bench, venv, placed=True), *peers]

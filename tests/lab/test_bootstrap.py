@@ -66,7 +66,7 @@ def test_three_fresh_hosts_become_a_swarm_over_a_guarded_mesh(fresh: Project) ->
         assert host.docker.info()["Swarm"]["NodeAddr"] == address
         # the Swarm's own ports listen on the tunnel only
         listening = host.run("ss -Hltn | awk '{print $4}'").stdout.split()
-        assert [entry for entry in listening if entry.endswith((":2377", ":7946"))] == [
+        assert sorted(entry for entry in listening if entry.endswith((":2377", ":7946"))) == [
             f"{address}:2377",
             f"{address}:7946",
         ]

@@ -2,6 +2,7 @@
 # floor.sh FOLDER STEP...: the same Docker commands over multiplexed SSH, in parallel; nothing is checked, and nothing can be
 # run twice. No tool can be much faster.
 #   swarm    make the Swarm, label the nodes, create the overlay
+#   settle   wait until all nodes hear each other by gossip: before that, names do not resolve
 #   images   save the archives, load on each host the one meant for it (beside swarm: at the same time)
 #   secrets  create the stack's secrets
 #   stack    deploy the stack, wait until it runs
@@ -71,6 +72,16 @@ if wants swarm; then
     commands+="docker node update$words $(cat "$work/id.$name") >/dev/null & p=\"\$p \$!\"; "
   done
   on "$first" "$commands for q in \$p; do wait \$q || exit 1; done" || exit 1
+fi
+
+if wants settle; then
+  pids=()
+  for name in "${names[@]}"; do
+    on "$name" "for i in \$(seq 300); do
+      [ \"\$(docker network inspect ingress -f '{{len .Peers}}' 2>/dev/null)\" = ${#names[@]} ] && exit 0; sleep 0.05
+    done; exit 1" & pids+=($!)
+  done
+  all "${pids[@]}"
 fi
 
 if wants secrets; then
