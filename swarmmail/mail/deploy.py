@@ -31,6 +31,7 @@ from swarmmail.model.swarm import PLACED
 STACK_OBJECT = "swarmmail.stack"
 """Label on configs and secrets that we made: the stack they belong to."""
 START_LIMIT = 120  # seconds for all tasks to run and be healthy
+FAILED = ("failed", "rejected")
 PORT_PATIENCE = model.MAX_GRACE + 5
 """Seconds that the task before may take to stop and free its port."""
 _FENCE = resources.files(__package__).joinpath("fence.sh").read_bytes()
@@ -119,7 +120,7 @@ def decide(fleet: Fleet, stack: StackFile, built: Mapping[str, images.ImageInfo]
         for name, service in stack.services.items()
         if service.volumes
     }
-    _ports_free(stack, seen, places)
+    _ports_free(fleet, stack, seen, places)
     targets = {
         name: (
             [places[name].host] if name in places else [n for n, f in seen.observed.hosts.items() if not f.unreachable]
@@ -204,7 +205,7 @@ def _generation(name: str, where: Place, seen: Seen) -> int:
     return where.generation
 
 
-def _ports_free(stack: StackFile, seen: Seen, places: Mapping[str, Place]) -> None:
+def _ports_free(fleet: Fleet, stack: StackFile, seen: Seen, places: Mapping[str, Place]) -> None:
     for name, where in places.items():
         runs_there = any(
             seen.host_of(task) == where.host and task["Status"]["State"] == "running"
@@ -213,13 +214,20 @@ def _ports_free(stack: StackFile, seen: Seen, places: Mapping[str, Place]) -> No
         if runs_there:
             continue
         taken = sorted(set(stack.services[name].ports) & seen.observed.hosts[where.host].listening)
-        if taken:
+        if taken and not _own_container(fleet, stack, where.host, name):
             raise Refused(
                 f"port {', '.join(map(str, taken))} is taken by another program",
                 host=where.host,
                 step=f"place {name}",
                 hint=f"see which on that host: ss -ltnp 'sport = :{taken[0]}'; stop it, then deploy again",
             )
+
+
+def _own_container(fleet: Fleet, stack: StackFile, host: str, service: str) -> bool:
+    """Whether the service's own container is still there: it is stopping, or its service was removed by hand."""
+    with fleet[host].doing("look for containers"):
+        label = f"com.docker.swarm.service.name={stack.name}_{service}"
+        return bool(fleet[host].docker.containers(filters={"label": label}))
 
 
 def _images(
@@ -328,6 +336,7 @@ def _canonical(fleet: Fleet, stack: StackFile, seen: Seen, rendered: Mapping[str
 def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
     """Every step may be done twice: what is there is left. So a run that was killed is finished by the next."""
     assert fleet.inventory.stack is not None
+    before = _failed(plan.seen)
     if plan.build or plan.ship:
         where = images.builder(fleet, fleet.inventory.stack.build)
         built = {service.image: images.build(where, _folder(service), service.image) for service in plan.build}
@@ -349,7 +358,7 @@ def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
             step="docker stack deploy",
             timeout=120,
         )
-    _wait(fleet, stack, plan)
+    _wait(fleet, stack, plan, before)
     _prune(plan)
     for name, where_to in plan.places.items():
         if stack.services[name].build is not None:
@@ -423,10 +432,10 @@ def _prune(plan: Plan) -> None:
     api, manager = plan.seen.manager.docker, plan.seen.manager
     label = {"label": f"{STACK_OBJECT}={plan.stack.name}"}
     with manager.doing("remove old configs and secrets"):
-        using = json.dumps(api.services(filters={"label": f"{model.STACK_LABEL}={plan.stack.name}"}))
+        running = api.services(filters={"label": f"{model.STACK_LABEL}={plan.stack.name}"})
+        using = json.dumps([raw["Spec"] for raw in running])
         for found, remove in ((api.configs, api.remove_config), (api.secrets, api.remove_secret)):
             for raw in found(filters=label):
-                # the previous specification of a service counts too: a rollback needs it
                 if raw["ID"] not in using:
                     with contextlib.suppress(docker.errors.APIError):
                         remove(raw["ID"])
@@ -439,11 +448,17 @@ def _prune(plan: Plan) -> None:
 class _Trouble:
     """What was seen while waiting: tasks that failed, and since when (monotonic seconds) others have no node."""
 
+    before: frozenset[str] = frozenset()
+    """Tasks that had failed before anything was done: they say nothing of what is new."""
     failed: set[str] = field(default_factory=set)
     pending: dict[str, float] = field(default_factory=dict)
 
 
-def _wait(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
+def _failed(seen: Seen) -> frozenset[str]:
+    return frozenset(t["ID"] for tasks in seen.tasks.values() for t in tasks if t["Status"]["State"] in FAILED)
+
+
+def _wait(fleet: Fleet, stack: StackFile, plan: Plan, before: frozenset[str] | None = None) -> None:
     """Wait until each service's container on its host runs the wanted image and is healthy.
 
     Raises:
@@ -451,7 +466,7 @@ def _wait(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
         Deadline: not within the limit.
     """
     deadline = time.monotonic() + START_LIMIT
-    trouble = _Trouble()
+    trouble = _Trouble(before=_failed(services.observe(fleet, plan.seen.observed)) if before is None else before)
     pause = 0.05
     while True:
         seen = services.observe(fleet, plan.seen.observed)
@@ -476,7 +491,7 @@ def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Trou
     if not current:
         return "no task yet"
     for task in current:
-        if task["Status"]["State"] in ("failed", "rejected"):
+        if task["Status"]["State"] in FAILED and task["ID"] not in trouble.before:
             trouble.failed.add(task["ID"])
     newest = current[0]
     status, host = newest["Status"], seen.host_of(newest)

@@ -355,6 +355,9 @@ def wanted_view(stack: StackFile, rendered: Mapping[str, Any], canonical: Mappin
         "configs": _sorted(named["configs"][item["source"]] for item in service.get("configs") or ()),
         "placement": _sorted((deploy.get("placement") or {}).get("constraints") or ()),
         "replicas": (str(deploy.get("replicas", 1)),),
+        "rights": _rights(
+            service.get("cap_add"), service.get("cap_drop"), service.get("user"), service.get("read_only")
+        ),
         "definition": (raw_labels.get(SPEC_LABEL, ""),),
     }
 
@@ -383,8 +386,26 @@ def seen_view(raw: Mapping[str, Any], network_names: Mapping[str, str]) -> View:
         "configs": _sorted(item["ConfigName"] for item in container.get("Configs") or ()),
         "placement": _sorted((task.get("Placement") or {}).get("Constraints") or ()),
         "replicas": (str(replicated.get("Replicas", 1)),),
+        "rights": _rights(
+            container.get("CapabilityAdd"),
+            container.get("CapabilityDrop"),
+            container.get("User"),
+            container.get("ReadOnly"),
+        ),
         "definition": ((spec.get("Labels") or {}).get(SPEC_LABEL, ""),),
     }
+
+
+def _rights(add: Any, drop: Any, user: Any, read_only: Any) -> tuple[str, ...]:
+    """What a container may do; the API writes a right with ``CAP_`` before it, a Compose file need not."""
+    given = {str(cap).upper().removeprefix("CAP_") for cap in add or ()}
+    taken = {str(cap).upper().removeprefix("CAP_") for cap in drop or ()}
+    return (
+        *(f"CAP_{cap}" for cap in sorted(given)),
+        *(f"without CAP_{cap}" for cap in sorted(taken)),
+        f"user {user or '(of the image)'}",
+        *(["read only"] if read_only else []),
+    )
 
 
 def _sorted(items: Iterable[Any]) -> tuple[str, ...]:

@@ -56,6 +56,8 @@ def door(function: F) -> Any:
                 traceback.print_exc()
             report.error(str(error))
             raise Exit(code=error.exit_code) from None
+        except Exit:
+            raise
         except KeyboardInterrupt:
             report.error("interrupted; run the same command again: it goes on from here")
             raise Exit(code=130) from None

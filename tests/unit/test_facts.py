@@ -107,7 +107,7 @@ AFFECTED = {
     "wireguard": {"wireguard_kernel"},
     "volumes": {"markers"},
     "root": set(),
-    **dict.fromkeys(("mesh-config", "mesh-key", "mesh-peers", "mesh-link", "files", "guard"), {"mesh"}),
+    **{key: {"mesh"} for key in ("mesh-config", "mesh-key", "mesh-peers", "mesh-link", "files", "guard")},
 }
 
 
