@@ -31,6 +31,8 @@ from swarmmail.model.swarm import PLACED
 STACK_OBJECT = "swarmmail.stack"
 """Label on configs and secrets that we made: the stack they belong to."""
 START_LIMIT = 120  # seconds for all tasks to run and be healthy
+LABEL_SETTLES = 4
+"""Seconds within which the Swarm acts on a constraint that does not hold any more."""
 FAILED = ("failed", "rejected")
 PORT_PATIENCE = model.MAX_GRACE + 5
 """Seconds that the task before may take to stop and free its port."""
@@ -350,11 +352,16 @@ def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
             assert node is not None
             swarm.set_label(plan.seen.manager, node.id, stack.services[name].place_label, PLACED)
     _make_files(plan)
-    if plan.services or plan.remove:
+    for name in plan.remove:
+        with plan.seen.manager.doing(f"remove service {name}"), contextlib.suppress(docker.errors.NotFound):
+            plan.seen.manager.docker.remove_service(plan.seen.services[name]["ID"])
+    if plan.services:
+        # only what differs: Docker would write every service of the file anew, changed or not
+        document = {**plan.rendered, "services": {name: plan.rendered["services"][name] for name in plan.services}}
         report.progress(f"docker stack deploy {stack.name}", plan.seen.manager.name)
         plan.seen.manager.run(
-            f"{_settings(fleet)} docker stack deploy --detach=true --resolve-image never --prune -c - {stack.name}",
-            stdin=json.dumps(plan.rendered),
+            f"{_settings(fleet)} docker stack deploy --detach=true --resolve-image never -c - {stack.name}",
+            stdin=json.dumps(document),
             step="docker stack deploy",
             timeout=120,
         )
@@ -468,10 +475,19 @@ def _wait(fleet: Fleet, stack: StackFile, plan: Plan, before: frozenset[str] | N
     deadline = time.monotonic() + START_LIMIT
     trouble = _Trouble(before=_failed(services.observe(fleet, plan.seen.observed)) if before is None else before)
     pause = 0.05
+    ready_since: float | None = None
+    # a label that came back: the Swarm may still be about to stop the task, since it had gone
+    settle = (
+        LABEL_SETTLES if any(w.label and not w.new and n in plan.seen.services for n, w in plan.places.items()) else 0
+    )
     while True:
         seen = services.observe(fleet, plan.seen.observed)
         states = {name: _state(fleet, stack, seen, name, trouble) for name in stack.services}
-        if all(state == "ready" for state in states.values()):
+        if any(state != "ready" for state in states.values()):
+            ready_since = None
+        elif ready_since is None:
+            ready_since = time.monotonic()
+        if ready_since is not None and time.monotonic() - ready_since >= settle:
             return
         if time.monotonic() > deadline:
             waiting = ", ".join(f"{name}: {state}" for name, state in states.items() if state != "ready")
@@ -493,7 +509,8 @@ def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Trou
     for task in current:
         if task["Status"]["State"] in FAILED and task["ID"] not in trouble.before:
             trouble.failed.add(task["ID"])
-    newest = current[0]
+    alive = [task for task in current if task["DesiredState"] in ("ready", "running")]
+    newest = alive[0] if alive else current[0]
     status, host = newest["Status"], seen.host_of(newest)
     state = str(status["State"])
     problem = str(status.get("Err", ""))
@@ -505,7 +522,7 @@ def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Trou
         patience = PORT_PATIENCE if "port already in use" in problem else 3
         if time.monotonic() - trouble.pending.setdefault(newest["ID"], time.monotonic()) > patience:
             raise HostError(problem, step=f"start {name}", hint="see: fab status")
-    if state != "running":
+    if state != "running" or not alive:
         return f"{state} {problem}".strip()
     container = (status.get("ContainerStatus") or {}).get("ContainerID")
     if not container or host not in fleet.inventory.hosts:
