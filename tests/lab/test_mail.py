@@ -1,0 +1,125 @@
+"""Mail itself: who is let in, who is refused, and what happens while the MDA is away."""
+
+from __future__ import annotations
+
+import imaplib
+import json
+import smtplib
+import socket
+
+import pytest
+from conftest import HOSTS, MAIL, Project, eventually
+from mailing import (
+    PASSWORD,
+    account,
+    accounts,
+    arrives,
+    container,
+    imap,
+    mails,
+    queue,
+    send,
+    services,
+    smtp,
+    trusting,
+)
+
+pytestmark = pytest.mark.lab
+
+
+def test_accounts_come_and_go_without_a_restart(deployed: Project) -> None:
+    before = container(deployed, "host1", "mail_mta"), container(deployed, "host3", "mail_mda")
+    address = account(deployed, "anna")
+    assert address in accounts(deployed)
+    token = send(deployed, address, "hello")
+    assert b"hello" in arrives(deployed, address, PASSWORD, token)
+    deployed.fab("user.passwd", address, "--inventory", MAIL, stdin="another one\n", check=0)
+    assert len(mails(deployed, address, "another one", token)) == 1
+    twice = deployed.fab("user.add", address, "--inventory", MAIL, stdin="x\n")
+    assert twice.status == 1 and len(twice.stderr.splitlines()) == 1, str(twice)
+    deployed.fab("user.remove", address, "--inventory", MAIL, "--mail", check=0)
+    with pytest.raises(smtplib.SMTPRecipientsRefused) as refused:
+        send(deployed, address)
+    assert refused.value.recipients[address][0] == 550
+    with pytest.raises(imaplib.IMAP4.error), imap(deployed, address, "another one"):
+        pass
+    assert (container(deployed, "host1", "mail_mta"), container(deployed, "host3", "mail_mda")) == before
+
+
+def test_no_password_no_account(deployed: Project) -> None:
+    result = deployed.fab("user.add", "nobody@lab.test", "--inventory", MAIL, stdin="")
+    assert result.status == 1 and "no password was given" in result.stderr
+    assert "nobody@lab.test" not in accounts(deployed)
+
+
+def test_an_unknown_recipient_and_a_foreign_domain_are_refused_at_once(deployed: Project) -> None:
+    for address, code in (("unknown@lab.test", 550), ("victim@example.com", 554)):
+        with pytest.raises(smtplib.SMTPRecipientsRefused) as refused:
+            send(deployed, address)
+        assert refused.value.recipients[address][0] == code
+
+
+def test_mail_waits_while_the_mda_is_away_and_then_arrives_once(deployed: Project) -> None:
+    address = account(deployed, "berta")
+    deployed.sh("host1", "docker service scale -d mail_mda=0")
+    eventually(lambda: not container(deployed, "host3", "mail_mda"), 30, "the MDA has stopped")
+    tokens = [send(deployed, address) for _ in range(5)]
+    eventually(lambda: len(queue(deployed)) == 5, 20, "all are in the queue")
+    deferred = [entry for entry in queue(deployed) if entry["queue_name"] == "deferred"]
+    assert all(entry["sender"] == "sender@example.com" for entry in deferred), "nothing bounced"
+    with pytest.raises(smtplib.SMTPRecipientsRefused):
+        send(deployed, "unknown@lab.test")
+    # the queue outlives its container
+    deployed.sh("host1", f"docker kill {container(deployed, 'host1', 'mail_mta')}")
+    eventually(lambda: container(deployed, "host1", "mail_mta"), 40, "the MTA is back")
+    assert deployed.fab("deploy", "--inventory", MAIL, check=0).status == 0
+    deployed.fab("queue.flush", "--inventory", MAIL, check=0)
+    for token in tokens:
+        arrives(deployed, address, PASSWORD, token, seconds=40)
+    assert queue(deployed) == []
+
+
+def test_a_large_mail_crosses(deployed: Project) -> None:
+    address = account(deployed, "carla")
+    body = "\r\n".join("x" * 70 for _ in range(10 * 2**20 // 72))
+    token = send(deployed, address, body)
+    assert len(arrives(deployed, address, PASSWORD, token, seconds=60)) > 10e6
+
+
+def test_no_password_in_clear_and_the_certificate_of_the_inventory(deployed: Project) -> None:
+    with imaplib.IMAP4(deployed.address("host3"), 143, timeout=20) as client:
+        assert "LOGINDISABLED" in client.capabilities
+        with pytest.raises(imaplib.IMAP4.error):
+            client.login("anna@lab.test", PASSWORD)
+        client.starttls(trusting(deployed))
+    with smtp(deployed) as client:
+        client.starttls(context=trusting(deployed))
+    imaplib.IMAP4_SSL(deployed.address("host3"), 993, ssl_context=trusting(deployed), timeout=20).shutdown()
+
+
+def test_lmtp_is_reached_from_nowhere_but_the_overlay(deployed: Project) -> None:
+    for host in HOSTS:
+        with pytest.raises(OSError):
+            socket.create_connection((deployed.address(host), 24), timeout=2)
+    published = [port for raw in services(deployed).values() for port in raw["Spec"]["EndpointSpec"].get("Ports", ())]
+    assert sorted(port["TargetPort"] for port in published) == [25, 143, 993]
+
+
+def test_containers_have_few_rights(deployed: Project) -> None:
+    mda = json.loads(deployed.sh("host3", f"docker inspect {container(deployed, 'host3', 'mail_mda')}"))[0]
+    mta = json.loads(deployed.sh("host1", f"docker inspect {container(deployed, 'host1', 'mail_mta')}"))[0]
+    assert mda["Config"]["User"] == "5000:5000" and mda["HostConfig"]["ReadonlyRootfs"]
+    for found in (mda, mta):
+        assert found["HostConfig"]["CapDrop"] == ["ALL"] and not found["HostConfig"]["Privileged"]
+    assert not mda["HostConfig"]["CapAdd"]
+    assert len(mta["HostConfig"]["CapAdd"]) == 6
+    for host, service in (("host3", "mail_mda"), ("host1", "mail_mta")):
+        status = deployed.sh(host, f"docker exec {container(deployed, host, service)} cat /proc/1/status")
+        assert "NoNewPrivs:\t1" in status
+
+
+def test_no_secret_in_the_services_or_their_environment(deployed: Project) -> None:
+    address = account(deployed, "dora", "a password that is seen nowhere")
+    seen = json.dumps(list(services(deployed).values())) + deployed.sh("host1", "ps axww; docker config ls")
+    assert "a password that is seen nowhere" not in seen and "PRIVATE KEY" not in seen
+    assert address not in seen
