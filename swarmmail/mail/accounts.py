@@ -7,9 +7,12 @@ one while the MDA is away. A script in each image does the work inside; labels o
 
 from __future__ import annotations
 
+import tenacity
+
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail import services
 from swarmmail.mail.services import Container, Seen
+from swarmmail.model.errors import HostError
 
 USERS = ("swarmmail.users-command", "/usr/local/bin/swarmmail-users")
 RECIPIENTS = ("swarmmail.recipients-command", "/usr/local/bin/swarmmail-recipients")
@@ -47,8 +50,20 @@ class Accounts:
         finally:
             self.sync()
 
-    def sync(self) -> None:
-        """Give the MTA the list of recipients. Run again, it repairs a list that is behind."""
+    def sync(self, patience: float = 0) -> None:
+        """Give the MTA the list of recipients. Run again, it repairs a list that is behind.
+
+        ``patience``: seconds for which a failure is tried again. A container without a health check counts as
+        running before its programs do.
+        """
+        tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(HostError),
+            stop=tenacity.stop_after_delay(patience),
+            wait=tenacity.wait_fixed(0.5),
+            reraise=True,
+        )(self._sync)
+
+    def _sync(self) -> None:
         addresses = "".join(f"{address}\n" for address in self.list())
         command = self.mta.labels.get(*RECIPIENTS)
         self.mta.call(command, stdin=addresses, step="tell the MTA its recipients")

@@ -11,7 +11,9 @@ import secrets
 import smtplib
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import tenacity
 
@@ -23,6 +25,8 @@ from swarmmail.model.stack import StackFile
 
 USER = "swarmmail-probe"
 LIMIT = 30  # seconds from 250 to the mailbox
+HELO = "probe.swarmmail.invalid"
+T = TypeVar("T")
 TIMEOUT = 15  # seconds for one answer
 
 
@@ -118,6 +122,17 @@ def _same_certificate(fleet: Fleet, host: str, shown: bytes | None) -> None:
         raise HostError("shows another certificate than the deployed one", host=host, step="probe TLS")
 
 
+def _patiently(connect: Callable[[], T]) -> T:
+    """Connect; a container without a health check counts as running before its programs listen."""
+    connection: T = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type((OSError, smtplib.SMTPServerDisconnected, imaplib.IMAP4.abort)),
+        stop=tenacity.stop_after_delay(TIMEOUT),
+        wait=tenacity.wait_fixed(0.3),
+        reraise=True,
+    )(connect)
+    return connection
+
+
 def _submit(fleet: Fleet, host: str, port: int, address: str, token: str) -> None:
     message = (
         f"From: <{address}>\r\nTo: <{address}>\r\nSubject: swarmmail probe {token}\r\n"
@@ -125,7 +140,7 @@ def _submit(fleet: Fleet, host: str, port: int, address: str, token: str) -> Non
         f"\r\n\r\n{token}\r\n"
     )
     try:
-        with smtplib.SMTP("127.0.0.1", port, local_hostname="probe.swarmmail.invalid", timeout=TIMEOUT) as smtp:
+        with _patiently(lambda: smtplib.SMTP("127.0.0.1", port, HELO, timeout=TIMEOUT)) as smtp:
             smtp.ehlo()
             if smtp.has_extn("starttls"):
                 smtp.starttls(context=_context())
@@ -139,9 +154,9 @@ def _submit(fleet: Fleet, host: str, port: int, address: str, token: str) -> Non
 def _login(fleet: Fleet, host: str, port: int, imaps: bool, address: str, password: str) -> imaplib.IMAP4:
     client: imaplib.IMAP4
     if imaps:
-        client = imaplib.IMAP4_SSL("127.0.0.1", port, ssl_context=_context(), timeout=TIMEOUT)
+        client = _patiently(lambda: imaplib.IMAP4_SSL("127.0.0.1", port, ssl_context=_context(), timeout=TIMEOUT))
     else:
-        client = imaplib.IMAP4("127.0.0.1", port, timeout=TIMEOUT)
+        client = _patiently(lambda: imaplib.IMAP4("127.0.0.1", port, timeout=TIMEOUT))
         client.starttls(_context())
     sock = client.socket()
     _same_certificate(fleet, host, sock.getpeercert(True) if isinstance(sock, ssl.SSLSocket) else None)

@@ -33,7 +33,7 @@ def deploy(c: Any, inventory: str | None = None, plan: bool = False, no_probe: b
     elif not stack.run(hosts):
         report.result("deploy: nothing to do")
     else:
-        accounts.Accounts(hosts).sync()
+        accounts.Accounts(hosts).sync(patience=20)
         if no_probe:
             report.result("deploy: all services run what was asked (the probe mail was left out)", good=True)
         else:
