@@ -9,6 +9,7 @@ import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
 
@@ -31,8 +32,8 @@ from swarmmail.model.swarm import PLACED
 STACK_OBJECT = "swarmmail.stack"
 """Label on configs and secrets that we made: the stack they belong to."""
 START_LIMIT = 120  # seconds for all tasks to run and be healthy
-LABEL_SETTLES = 4
-"""Seconds within which the Swarm acts on a constraint that does not hold any more."""
+SETTLES = 5
+"""Seconds within which the Swarm acts on a constraint that does not hold any more, or on a node that came back."""
 FAILED = ("failed", "rejected")
 PORT_PATIENCE = model.MAX_GRACE + 5
 """Seconds that the task before may take to stop and free its port."""
@@ -451,6 +452,13 @@ def _prune(plan: Plan) -> None:
 # ---- waiting: what counts is the running task, not the CLI's exit status (docker/cli#6752) ----
 
 
+def _has_just_changed(seen: Seen) -> bool:
+    """Whether any task changed its state less than 20 s ago, by the manager's own clock."""
+    now = seen.observed.hosts[seen.manager.name].clock
+    times = [task["Status"]["Timestamp"][:19] for tasks in seen.tasks.values() for task in tasks]
+    return any(now - datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() < 20 for text in times)
+
+
 @dataclass
 class _Trouble:
     """What was seen while waiting: tasks that failed, and since when (monotonic seconds) others have no node."""
@@ -476,10 +484,9 @@ def _wait(fleet: Fleet, stack: StackFile, plan: Plan, before: frozenset[str] | N
     trouble = _Trouble(before=_failed(services.observe(fleet, plan.seen.observed)) if before is None else before)
     pause = 0.05
     ready_since: float | None = None
-    # a label that came back: the Swarm may still be about to stop the task, since it had gone
-    settle = (
-        LABEL_SETTLES if any(w.label and not w.new and n in plan.seen.services for n, w in plan.places.items()) else 0
-    )
+    # A label that came back, or a node: the Swarm may still be about to stop a task that looks well.
+    back = any(place.label and not place.new and name in plan.seen.services for name, place in plan.places.items())
+    settle = SETTLES if back or (plan.is_empty and _has_just_changed(plan.seen)) else 0
     while True:
         seen = services.observe(fleet, plan.seen.observed)
         states = {name: _state(fleet, stack, seen, name, trouble) for name in stack.services}

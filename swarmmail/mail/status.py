@@ -64,6 +64,8 @@ def _service(fleet: Fleet, seen: Seen, name: str) -> dict[str, Any]:
     facts = seen.observed.hosts.get(entry["host"])
     if facts is not None and facts.unreachable:
         entry["note"] = "its host does not answer"
+    elif facts is not None and not facts.engine:
+        entry["note"] = "Docker does not answer there"
     elif facts is not None and status["State"] == "running" and container:
         host = fleet[entry["host"]]
         with host.doing(f"look at {name}"):
@@ -76,7 +78,7 @@ def _volumes(fleet: Fleet, seen: Seen) -> list[dict[str, Any]]:
     """Every volume with a marker, on every host: also copies that are not live."""
 
     def sizes(name: str) -> dict[str, int]:
-        if not seen.observed.hosts[name].markers:
+        if not seen.observed.hosts[name].markers or not seen.observed.hosts[name].engine:
             return {}
         words = fleet[name].run(
             "cd $(docker info --format '{{.DockerRootDir}}')/volumes && "

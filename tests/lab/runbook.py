@@ -192,6 +192,7 @@ def _replace(text: str, words: Mapping[str, str]) -> str:
 def _change(path: Path, old: str, new: str, where: str) -> None:
     # line by line: a change must not begin in the middle of a line
     before = "\n" + path.read_text()
-    if before.count("\n" + old) != 1:
-        raise RunbookError(f"{where}: {path.name} holds this {before.count(chr(10) + old)} times, not once:\n{old}")
+    times = len(re.findall(f"(?={re.escape(chr(10) + old)})", before))  # places that overlap count too
+    if times != 1:
+        raise RunbookError(f"{where}: {path.name} holds this {times} times, not once:\n{old}")
     path.write_text(before.replace("\n" + old, "\n" + new)[1:])
