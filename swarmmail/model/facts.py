@@ -101,11 +101,11 @@ def parse(name: str, text: str) -> HostFacts:
         return next(iter(lines(section)), "")
 
     release = _shell_values(sections.get("os", ""))
-    info = _json(sections.get("docker", ""), {})
+    info = _object(sections.get("docker", ""))
     engine = info.get("ServerVersion") or "" if not info.get("ServerErrors") else ""
     swarm = info.get("Swarm") or {} if engine else {}
-    links = [link for link in _json(sections.get("addresses", ""), []) if link]
-    tunnel = [link for link in _json(sections.get("mesh-link", ""), []) if link]
+    links = [link for link in _objects(sections.get("addresses", "")) if "ifname" in link]
+    tunnel = _objects(sections.get("mesh-link", ""))
     return HostFacts(
         name=name,
         os=release.get("ID", ""),
@@ -114,7 +114,7 @@ def parse(name: str, text: str) -> HostFacts:
         kernel=first("kernel"),
         machine=first("machine"),
         hostname=first("hostname"),
-        clock=float(first("clock") or 0),
+        clock=_number(first("clock")),
         systemd=first("systemd") == "yes",
         programs=frozenset(lines("programs")),
         engine=engine,
@@ -124,14 +124,16 @@ def parse(name: str, text: str) -> HostFacts:
         node_address=swarm.get("NodeAddr") or "",
         is_manager=bool(swarm.get("ControlAvailable")),
         cluster=(swarm.get("Cluster") or {}).get("ID", ""),
-        managers=tuple(manager.get("Addr", "").rsplit(":", 1)[0] for manager in swarm.get("RemoteManagers") or ()),
+        managers=tuple(
+            manager.get("Addr", "").rsplit(":", 1)[0].strip("[]") for manager in swarm.get("RemoteManagers") or ()
+        ),
         peers=_peers(sections.get("peers", "")) if swarm.get("LocalNodeState") == "active" else None,
         live_restore=bool(info.get("LiveRestoreEnabled")),
         addresses={
             link["ifname"]: tuple(a["local"] for a in link.get("addr_info", ()) if "local" in a) for link in links
         },
         mtus={link["ifname"]: int(link.get("mtu", 1500)) for link in links},
-        routes=tuple(_routes(_json(sections.get("routes", ""), []))),
+        routes=tuple(_routes(_objects(sections.get("routes", "")))),
         resolvers=tuple(parts[1] for line in lines("resolvers") if len(parts := line.split()) > 1),
         tun=first("tun") == "yes",
         wireguard_kernel=first("wireguard") == "yes",
@@ -142,7 +144,7 @@ def parse(name: str, text: str) -> HostFacts:
             peers=frozenset(line.split()[0] for line in lines("mesh-peers")),
             address=next((a["local"] for link in tunnel for a in link.get("addr_info", ())), ""),
             guarded=first("guard") == "yes",
-            files={path: digest for digest, path in (line.split(None, 1) for line in lines("files"))},
+            files={words[1]: words[0] for line in lines("files") if len(words := line.split(None, 1)) == 2},
         ),
         units={
             parts[0]: (parts[1], parts[2] if len(parts) > 2 else "")
@@ -162,10 +164,17 @@ def parse_marker(volume: str, text: str) -> Marker:
         volume=volume,
         cluster=values.get("cluster", ""),
         service=values.get("service", ""),
-        generation=int(generation) if generation.isdigit() else 0,
+        generation=int(generation) if generation.isascii() and generation.isdigit() else 0,
         node=values.get("node", ""),
         state=values.get("state", ""),
     )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 def _sections(text: str) -> dict[str, str]:
@@ -179,11 +188,22 @@ def _sections(text: str) -> dict[str, str]:
     return {name: "\n".join(body) for name, body in found.items()}
 
 
-def _json(text: str, default: Any) -> Any:
+def _json(text: str) -> Any:
     try:
-        return json.loads(text) if text.strip() else default
+        return json.loads(text)
     except ValueError:
-        return default
+        return None
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = _json(text)
+    return value if isinstance(value, dict) else {}
+
+
+def _objects(text: str) -> list[dict[str, Any]]:
+    """A list of objects; ``ip -j`` puts empty ones where it has nothing to say."""
+    value = _json(text)
+    return [item for item in value if isinstance(item, dict) and item] if isinstance(value, list) else []
 
 
 def _shell_values(text: str) -> dict[str, str]:
@@ -219,7 +239,7 @@ def _peers(text: str) -> frozenset[str] | None:
     inspect``). Without them names do not resolve, while ``docker node ls`` still says Ready."""
     if not text.strip():
         return None  # the operator removed the ingress network
-    return frozenset(peer.get("IP", "") for peer in _json(text, None) or ())
+    return frozenset(peer.get("IP", "") for peer in _objects(text))
 
 
 def _ports(lines: list[str]) -> list[int]:
@@ -234,9 +254,10 @@ def _ports(lines: list[str]) -> list[int]:
 
 
 def _markers(text: str) -> list[Marker]:
-    return [
-        parse_marker(head.removeprefix("volume="), body)
-        for block in text.split("\n\n")
-        if block.strip().startswith("volume=")
-        for head, _, body in [block.strip().partition("\n")]
-    ]
+    blocks: list[tuple[str, list[str]]] = []
+    for line in text.splitlines():
+        if line.startswith("volume="):
+            blocks.append((line.removeprefix("volume="), []))
+        elif blocks:
+            blocks[-1][1].append(line)
+    return [parse_marker(volume, "\n".join(body)) for volume, body in blocks]
