@@ -146,6 +146,9 @@ class Host:
             raise self._unreachable(text, f"try: ssh {self._ssh_words}") from None
         transport = connection.transport
         transport.set_keepalive(KEEPALIVE)
+        if isinstance(transport.sock, socket.socket):
+            # a command is three small packets: with Nagle's algorithm each waits 40 ms for an acknowledgement
+            transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
     def _connect(self, connection: fabric.Connection) -> None:

@@ -99,6 +99,7 @@ class Bench:
         """Sockets of SSH masters, named by address."""
         self.modules = modules
         self._debs = b""
+        self._throw_away: list[str] = []
         self.lab: lab.Lab | None = None
 
     def make(self) -> None:
@@ -187,12 +188,23 @@ class Bench:
     def stack(self) -> stacks.StackFile:
         return stacks.read(inventories.load(self.root / "inventories" / "bench.yml"))
 
-    def build(self) -> None:
-        """Images are built before time is taken, for all tools."""
+    def build(self, keep: bool = True) -> None:
+        """Images are built before time is taken, for all tools. Those not to keep are removed by ``tidy``."""
         where = images.Builder(docker.from_env(timeout=LIMIT).api, "this machine")
         for service in self.stack().services.values():
             if service.build is not None and images.inspect(where.api, service.image) is None:
                 images.build(where, service.build, service.image)
+                if not keep:
+                    self._throw_away.append(service.image)
+
+    def tidy(self) -> None:
+        """Leave nothing behind but images that the next deploy would build just so."""
+        self.close_ssh()
+        with _quietly():
+            lab.down(self.root)
+        for image in self._throw_away:
+            with contextlib.suppress(docker.errors.DockerException):
+                docker.from_env().images.remove(image)
 
     def write_peers(self, placed: bool, changed: Iterable[str] = ()) -> None:
         """The peers' files. ``placed``: an image goes only to the host that runs it. ``changed``: the services whose
@@ -527,7 +539,7 @@ def scenario(bench: Bench, tool: Tool, cases: Sequence[str], wanted: set[str], h
     for case in cases:
         if case == "layer":
             bench.change_layer()
-            bench.build()
+            bench.build(keep=False)
             bench.write_peers(tool.placed, ["mta"])
             time.sleep(2)
         done.append(run(bench, tool, case, rep))
@@ -765,9 +777,7 @@ def measure(given: argparse.Namespace, root: Path) -> int:
     except KeyboardInterrupt:
         stopped = "interrupted"
     finally:
-        bench.close_ssh()
-        with _quietly():
-            lab.down(root)
+        bench.tidy()
         if given.csv:
             write_csv(given.csv, runs)
     show(runs, titles)
