@@ -313,11 +313,12 @@ def repaired(project: Project, *parts: str) -> Result:
 
 
 @pytest.fixture
-def one_manager(fresh: Project) -> Project:
+def one_manager(fresh: Project) -> Iterator[Project]:
     """A cluster whose tunnel can be cut without a vote: three managers that lose their leader take up to minutes."""
     fresh.inventory(CLUSTER, managers=1)
     fresh.bootstrap(CLUSTER, check=0)
-    return fresh
+    yield fresh
+    fresh.inventory(CLUSTER)
 
 
 def test_a_stopped_tunnel_is_mended(one_manager: Project) -> None:
