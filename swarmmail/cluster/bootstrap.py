@@ -86,6 +86,10 @@ def run(fleet: Fleet, again: bool = False) -> bool:
     if plan.is_done:
         shout(plan)
         return False
+    if plan.is_empty and not plan.is_partial:
+        show(plan)
+        _check(fleet)  # something that heals by itself, a node that comes back for instance
+        return False
     if plan.is_partial and again:
         raise SwarmmailError(
             "; ".join(plan.waits), step="bootstrap", hint="systemctl status docker and journalctl -u docker there"
