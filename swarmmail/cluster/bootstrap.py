@@ -20,6 +20,8 @@ from swarmmail.model.plan import Action, Plan, Step
 from swarmmail.model.swarm import Swarm
 
 _ALARM = "CLEAR TEXT"
+ROUNDS = 4
+"""Plans carried out in one run: the last one must find nothing to do."""
 SETTLE = 75  # seconds that nodes may take to become Ready: after a change of leader each has to report anew
 
 
@@ -73,35 +75,45 @@ def show(plan: Plan) -> None:
         report.table("plan", ["", "host", "step"], [("+", s.host, s.text) for s in plan.steps])
 
 
-def run(fleet: Fleet, again: bool = False) -> bool:
+def run(fleet: Fleet) -> bool:
     """Bring the hosts to the wanted state; False when there was nothing to do.
 
-    ``again``: this is the second part, after a plan that could not see all.
+    What can't be seen before something else is done or has woken up makes a further round.
 
     Raises:
         SwarmmailError: any step failed, or the end state is not what the inventory wants.
     """
-    inventory = fleet.inventory
-    design, plan = decide(inventory, observe(fleet))
-    if plan.is_done:
-        shout(plan)
-        return False
-    if plan.is_empty and not plan.is_partial:
-        show(plan)
-        _check(fleet)  # something that heals by itself, a node that comes back for instance
-        return False
-    if plan.is_partial and again:
-        raise SwarmmailError(
-            "; ".join(plan.waits), step="bootstrap", hint="systemctl status docker and journalctl -u docker there"
-        )
-    with _locked(fleet, design):
-        show(plan)
-        apply(fleet, design, plan)
-        if not plan.is_partial:
-            _check(fleet)
-            return True
-    run(fleet, again=True)
-    return True
+    inventory, changed = fleet.inventory, False
+    for _ in range(ROUNDS):
+        design, plan = decide(inventory, observe(fleet))
+        if plan.is_empty and not plan.is_done:
+            show(plan)
+            design, plan = _wait(fleet)
+        if plan.is_done:
+            if not changed:
+                shout(plan)
+            return changed
+        if plan.is_empty:
+            break
+        with _locked(fleet, design):
+            show(plan)
+            apply(fleet, design, plan)
+        changed = True
+    left = [f"{step.host}: {step.text}" for step in plan.steps] + list(plan.waits)
+    raise SwarmmailError(
+        f"not all is as wanted after bootstrap: {'; '.join(left)}", hint="run it again; it goes on from here"
+    )
+
+
+def _wait(fleet: Fleet) -> tuple[Design, Plan]:
+    """Wait for what heals by itself: until all is done, or something is to be done, or it takes too long."""
+    found: tuple[Design, Plan] = swarm.wait_until(
+        lambda: decide(fleet.inventory, observe(fleet)),
+        lambda seen: seen[1].is_done or not seen[1].is_empty,
+        SETTLE,
+        str,
+    )
+    return found
 
 
 @contextlib.contextmanager
@@ -258,17 +270,6 @@ _PHASES = {
     Action.LABEL: _label,
     Action.NETWORK: _network,
 }
-
-
-def _check(fleet: Fleet) -> None:
-    """Observe again: only an empty plan is success (invariant 8)."""
-    plan = swarm.wait_until(lambda: decide(fleet.inventory, observe(fleet))[1], lambda plan: plan.is_done, SETTLE, str)
-    if not plan.is_done:
-        left = [f"{step.host}: {step.text}" for step in plan.steps] + list(plan.waits)
-        raise SwarmmailError(
-            f"not all is as wanted after bootstrap: {'; '.join(left)}",
-            hint="run it again; it goes on from here",
-        )
 
 
 def _lock_places(fleet: Fleet) -> dict[str, tuple[Host, bool]]:

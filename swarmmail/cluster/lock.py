@@ -13,17 +13,21 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from getpass import getuser
 from pathlib import Path
+from typing import TypeVar
 
 import docker.errors
+import tenacity
 
 from swarmmail import report
 from swarmmail.hosts.connection import Host
 from swarmmail.model.errors import Locked
 
+T = TypeVar("T")
+ELECTION = 60  # seconds
 NAME = "swarmmail-lock"
 FOLDER = "/run/swarmmail-lock"
 
@@ -122,6 +126,17 @@ def release(manager: Host, swarm: bool, token: str | None) -> None:
         manager.docker.remove_config(NAME)
 
 
+def _patiently(act: Callable[[], T]) -> T:
+    """While managers elect a leader the Swarm answers nothing; all three acts on the lock may be done again."""
+    done: T = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda error: "does not have a leader" in str(error)),
+        stop=tenacity.stop_after_delay(ELECTION),
+        wait=tenacity.wait_fixed(1),
+        reraise=True,
+    )(act)
+    return done
+
+
 @contextlib.contextmanager
 def held(manager: Host, task: str, *, swarm: bool) -> Iterator[None]:
     """Hold the lock for the length of a block.
@@ -130,8 +145,10 @@ def held(manager: Host, task: str, *, swarm: bool) -> Iterator[None]:
         Locked: somebody else holds it; the text says who, since when, and what to do.
     """
     owner = me(task)
-    while not _take(manager, owner, swarm):
-        other = read(manager, swarm)
+    while not _patiently(lambda: _take(manager, owner, swarm)):
+        other = _patiently(lambda: read(manager, swarm))
+        if other is not None and other.token == owner.token:
+            break  # taken by a try whose answer was lost
         if other is not None and is_dead(other):
             report.warning(f"an earlier run ({other.text}) ended without a word; its lock is taken over")
             release(manager, swarm, other.token)
@@ -145,4 +162,4 @@ def held(manager: Host, task: str, *, swarm: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        release(manager, swarm, owner.token)
+        _patiently(lambda: release(manager, swarm, owner.token))
