@@ -155,6 +155,7 @@ def plan(design: Design) -> Plan:
         f"{name}: its Swarm is {hosts[name].swarm} ({hosts[name].swarm_error or 'it looks for its managers'}); if it "
         f"stays so, bring the other managers back, or give it up: docker swarm leave --force on {name}"
         for name in sorted(asleep)
+        if NO_ADDRESS not in hosts[name].swarm_error  # a restart is planned
     ]
     if swarm is None and asleep:
         # One of them may hold the only copy of our Swarm: nobody leaves, and no other one is made.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from builders import PROGRAMS, address, make_facts
 
 from swarmmail.cluster import mesh as mesh_files
+from swarmmail.cluster.bootstrap import ROUNDS
 from swarmmail.model import bootstrap as model
 from swarmmail.model.bootstrap import Design, Observed
 from swarmmail.model.errors import Refused
@@ -414,23 +415,22 @@ def decide(world: World) -> tuple[Design, Plan]:
 
 
 def run(world: World, kill_after: int | None = None) -> Plan:
-    """One ``bootstrap``, killed after so many pieces; the plan it followed last. A plan that could not see all is
-    followed by a second one."""
-    plan = Plan()
-    for _ in range(2):
+    """One ``bootstrap``, killed after so many pieces; the plan that it found last. As ``cluster.bootstrap.run``."""
+    plan, left = Plan(), kill_after
+    for _ in range(ROUNDS):
         design, plan = decide(world)
         check(world, plan)
-        pieces = world.pieces(design, plan)
+        if plan.is_empty:
+            break
         try:
-            for piece in pieces[:kill_after]:
+            for piece in world.pieces(design, plan):
+                if left == 0:
+                    return plan
+                left = None if left is None else left - 1
                 piece()
         except Failed:
             return plan
-        if kill_after is not None:
-            return plan
         world.settle()
-        if not plan.is_partial:
-            break
     return plan
 
 

@@ -330,14 +330,14 @@ def is_home(world: World) -> None:
     assert world.inventory.network.name in cloud.networks
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(worlds(), st.lists(st.integers(0, 30), max_size=3))
 def test_from_anywhere_it_gets_home_and_harms_nothing(world: World, kills: list[int]) -> None:
     for kill_after in kills:
         note(f"a run, killed after {kill_after}")
         once(world, kill_after)
         world.settle()
-    for _ in range(5):
+    for _ in range(3):
         plan = once(world)
         note(f"a run: {[(str(s.action), s.host) for s in plan.steps] if plan else 'refused'}, {plan and plan.waits}")
         if plan is not None and plan.is_done:
@@ -366,7 +366,7 @@ def foreign_worker(world: World, host: Machine) -> None:
     world.others.append(Machine("theirs", address(99), member=Member("foreign", "theirs1", address(99), ())))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     worlds(),
     st.integers(1, 5),
