@@ -453,9 +453,9 @@ def _prune(plan: Plan) -> None:
 
 
 def _has_just_changed(seen: Seen) -> bool:
-    """Whether any task changed its state less than 20 s ago, by the manager's own clock."""
+    """Whether a task that took another's place changed its state less than 20 s ago, by the manager's own clock."""
     now = seen.observed.hosts[seen.manager.name].clock
-    times = [task["Status"]["Timestamp"][:19] for tasks in seen.tasks.values() for task in tasks]
+    times = [task["Status"]["Timestamp"][:19] for tasks in seen.tasks.values() for task in tasks if len(tasks) > 1]
     return any(now - datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() < 20 for text in times)
 
 
