@@ -217,8 +217,8 @@ class World:
                 if node.state == "late":
                     cloud.nodes[node.id] = replace(node, state="ready")
         for machine in self.everybody():
-            cloud = self.cloud_of(machine)
-            if machine.starting and cloud is not None and self.has_majority(cloud) and self.node_of(machine):
+            joined = self.cloud_of(machine)
+            if machine.starting and joined is not None and self.has_majority(joined) and self.node_of(machine):
                 machine.starting = False
 
     def _ask(self, design: Design) -> tuple[Cloud, str]:

@@ -113,10 +113,11 @@ class Server:
 
     def serve(self, channel: Any, command: str) -> None:
         if command.endswith("docker system dial-stdio"):
-            if command.startswith("sudo -k"):
-                while channel.recv(1) not in (b"\n", b""):
-                    pass
-            self._docker(channel)
+            given, asks = b"", command.startswith("sudo -k")
+            while asks and not given.endswith(b"\n") and (byte := channel.recv(1)):
+                given += byte
+            if not asks or given == (self.folder / "password").read_bytes():
+                self._docker(channel)
         elif command == "hang":
             while not channel.closed:
                 time.sleep(0.02)
@@ -138,7 +139,7 @@ class Server:
         assert process.stderr
 
         def feed(pipe: Any) -> None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, EOFError):
                 while data := channel.recv(65536):
                     pipe.write(data)
                     pipe.flush()
@@ -146,7 +147,7 @@ class Server:
                 pipe.close()
 
         def pump(pipe: Any, send: Any) -> None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, EOFError):
                 while data := pipe.read1(65536):
                     send(data)
 
@@ -214,9 +215,11 @@ class _Session(paramiko.ServerInterface):  # type: ignore[misc]
 
         def work() -> None:
             try:
-                self.server.serve(channel, command.decode())
+                with contextlib.suppress(OSError, EOFError):  # the client went away
+                    self.server.serve(channel, command.decode())
             finally:
-                channel.close()
+                with contextlib.suppress(OSError, EOFError):
+                    channel.close()
                 with self.lock:
                     self.open -= 1
                 self.server.count(-1)
@@ -242,17 +245,17 @@ class _Session(paramiko.ServerInterface):  # type: ignore[misc]
 
     def _tunnel(self, channel: Any, sock: socket.socket) -> None:
         def outward() -> None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, EOFError):
                 while data := channel.recv(65536):
                     sock.sendall(data)
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_WR)
 
         threading.Thread(target=outward, daemon=True).start()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, EOFError):
             while data := sock.recv(65536):
                 channel.sendall(data)
-        channel.close()
+            channel.close()
         sock.close()
 
 

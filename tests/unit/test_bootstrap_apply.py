@@ -13,6 +13,7 @@ from simulator import Machine, World
 from simulator import run as simulate
 
 from swarmmail.cluster import bootstrap
+from swarmmail.cluster import swarm as swarm_work
 from swarmmail.model.bootstrap import Observed
 from swarmmail.model.errors import HostError, Refused, SwarmmailError
 from swarmmail.model.plan import Action, Plan, Step
@@ -162,7 +163,7 @@ def view(monkeypatch: pytest.MonkeyPatch, *silent: str) -> list[str]:
             raise HostError("the Swarm has no leader", host=name)
         return Swarm("s", "lab", name)
 
-    monkeypatch.setattr(bootstrap.swarm, "view", look)
+    monkeypatch.setattr(swarm_work, "view", look)
     return asked
 
 
@@ -229,7 +230,7 @@ def test_a_new_node_takes_over_what_the_old_one_held(monkeypatch: pytest.MonkeyP
     design, plan = bootstrap.decide(inventory, replace(observed, swarm=swarm))
     calls: list[tuple[object, ...]] = []
     monkeypatch.setattr(bootstrap, "_node_ids", lambda fleet, names: dict.fromkeys(names, "new"))
-    monkeypatch.setattr(bootstrap.swarm, "set_label", lambda *words: calls.append(words))
-    monkeypatch.setattr(bootstrap.swarm, "forget", lambda *words: calls.append(words))
+    monkeypatch.setattr(swarm_work, "set_label", lambda *words: calls.append(words))
+    monkeypatch.setattr(swarm_work, "forget", lambda *words: calls.append(words))
     bootstrap._forget(Fleet("mw"), design, plan.of(Action.FORGET))  # type: ignore[arg-type]
     assert calls == [("host1", "new", "swarmmail.mda", "true"), ("host1", "old")]

@@ -330,7 +330,7 @@ def is_home(world: World) -> None:
     assert world.inventory.network.name in cloud.networks
 
 
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(worlds(), st.lists(st.integers(0, 30), max_size=3))
 def test_from_anywhere_it_gets_home_and_harms_nothing(world: World, kills: list[int]) -> None:
     for kill_after in kills:
@@ -366,7 +366,7 @@ def foreign_worker(world: World, host: Machine) -> None:
     world.others.append(Machine("theirs", address(99), member=Member("foreign", "theirs1", address(99), ())))
 
 
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     worlds(),
     st.integers(1, 5),
@@ -468,6 +468,32 @@ def test_hosts_that_boot_all_at_once_keep_their_swarm(encryption: str) -> None:
     assert plan.steps == ()
     assert not plan.is_done
     assert [text.partition(":")[0] for text in plan.waits] == ["host1", "host2", "host3"]
+
+
+@pytest.mark.parametrize("host", ["host2", "host3"])
+def test_a_member_that_starts_is_waited_for(host: str) -> None:
+    """A manager or a worker: leaving would end its tasks, and cost the manager's vote."""
+    world = clustered("mmwm", "ipsec")
+    observed = world.observe()
+    assert observed.swarm is not None
+    id_ = observed.hosts[host].node
+    nodes = {**observed.swarm.nodes, id_: replace(observed.swarm.nodes[id_], state="down")}
+    facts = {**observed.hosts, host: replace(observed.hosts[host], swarm="pending", peers=None)}
+    seen = model.Observed(facts, replace(observed.swarm, nodes=nodes))
+    plan = model.plan(model.design(world.inventory, seen, {}))
+    assert plan.steps == ()
+    assert plan.waits[0].startswith(f"{host}: its Swarm is pending")
+
+
+def test_a_lost_manager_is_forgotten_before_another_one_is_demoted() -> None:
+    """Three managers, one of them lost: as long as it counts, Docker lets none of the others go."""
+    world = clustered("mmm", "ipsec")
+    leave(world, world.machines["host3"])
+    world.settle()
+    world.inventory = make_inventory("mww", encryption="ipsec")
+    assert steps(world) == [("join", "host3"), ("forget", "host3"), ("demote", "host2"), ("label", "host3")]
+    run(world)
+    assert decide(world)[1].is_done
 
 
 def test_the_only_managers_tunnel_was_down_when_it_booted() -> None:

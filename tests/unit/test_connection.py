@@ -30,7 +30,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def spec(server: Server, name: str = "host1", **changes: Any) -> inventory.Host:
-    values = {
+    values: dict[str, Any] = {
         "name": name,
         "address": "127.0.0.1",
         "port": server.port,

@@ -20,7 +20,7 @@ from swarmmail.model.facts import HostFacts, Marker, parse, parse_marker
 
 TEXT = (Path(__file__).parent / "data" / "facts-trixie.txt").read_text()
 SCRIPT = Path(gathering.__file__).with_name("facts.sh")
-PEERS = {"wRXeMCfGA6g9TwByJ9+szF4E37B1mZk2ryw8x+BRQjc=", "zodNyNvWdqb4Np36Djk2+cKqgf5R2+OMzrmehaEp8Ww="}
+PEERS = frozenset({"wRXeMCfGA6g9TwByJ9+szF4E37B1mZk2ryw8x+BRQjc=", "zodNyNvWdqb4Np36Djk2+cKqgf5R2+OMzrmehaEp8Ww="})
 
 
 def changed(section: str, body: str, text: str = TEXT) -> HostFacts:
@@ -41,7 +41,7 @@ def test_a_real_host() -> None:
     assert (seen.node, seen.node_address) == ("pn6dosmzootdtbeop7kfi4hyn", "10.90.0.1")
     assert seen.cluster == "jbvhdmmhbhf7ehajhr0q4m2c4"
     assert sorted(seen.managers) == ["10.90.0.1", "10.90.0.2", "10.90.0.3"]
-    assert seen.peers == {"10.90.0.1", "10.90.0.2", "10.90.0.3"}
+    assert seen.peers == frozenset({"10.90.0.1", "10.90.0.2", "10.90.0.3"})
     assert seen.addresses["eth0"] == ("198.18.9.11",)
     assert (seen.mtus["eth0"], seen.mtus["swarmmail"]) == (1400, 1320)
     assert (seen.link_of("198.18.9.11"), seen.link_of("10.90.0.1"), seen.link_of("192.0.2.1")) == (

@@ -234,7 +234,7 @@ def test_another_error_of_docker_is_not_taken_for_a_held_lock(host: Any, monkeyp
 
 
 def test_an_election_of_managers_is_waited_for(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock.tenacity, "wait_fixed", lambda seconds: lambda state: 0)
+    monkeypatch.setattr("tenacity.wait_fixed", lambda seconds: lambda state: 0)
     host.docker.leaderless = 2
     with lock.held(host, MINE, swarm=True):
         assert lock.NAME in host.docker.kept

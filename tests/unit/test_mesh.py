@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+from importlib import resources
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from typing import Any
 
@@ -224,7 +225,7 @@ def test_the_files_are_whole_and_no_two_subnets_share_a_guard() -> None:
 
 
 def test_facts_look_at_the_files_that_are_written() -> None:
-    script = (work.resources.files("swarmmail.hosts") / "facts.sh").read_text()
+    script = (resources.files("swarmmail.hosts") / "facts.sh").read_text()
     line = next(line for line in script.splitlines() if line.startswith("s files"))
     assert all(path in line for path in work.files(MESH))
 
