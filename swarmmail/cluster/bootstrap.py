@@ -33,6 +33,8 @@ def observe(fleet: Fleet, strict: bool = True) -> Observed:
 
 def _swarm(fleet: Fleet, facts: dict[str, HostFacts]) -> Swarm | None:
     candidates = [n for n in fleet.inventory.hosts if facts[n].swarm == "active" and facts[n].is_manager]
+    chosen = model.managers(fleet.inventory)
+    candidates.sort(key=lambda name: name not in chosen)  # one that is to be demoted could not see that end
     failure: SwarmmailError | None = None
     for name in candidates:
         try:
@@ -127,7 +129,7 @@ def _locked(fleet: Fleet, design: Design) -> Iterator[None]:
         yield
 
 
-_LAST = ((Action.PROMOTE, Action.DEMOTE, Action.FORGET), (Action.LABEL,), (Action.NETWORK,))
+_LAST = ((Action.PROMOTE, Action.FORGET, Action.DEMOTE), (Action.LABEL,), (Action.NETWORK,))
 """Chains that do not touch each other: done at once when all hosts have joined."""
 
 
@@ -230,6 +232,8 @@ def _forget(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
     ids = _node_ids(fleet, list(dict.fromkeys(step.host for step in steps)))
     for step in steps:
         old, new = design.observed.swarm.nodes[step.argument], ids[step.host]
+        if old.id == new:
+            continue
         for service in sorted(old.places):
             swarm.set_label(manager, new, f"swarmmail.{service}", "true")
         _rehome(fleet, design, step.host, old.id, new)

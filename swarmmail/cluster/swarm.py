@@ -38,7 +38,7 @@ def _node(raw: dict[str, Any]) -> Node:
     status = raw.get("ManagerStatus") or {}
     return Node(
         id=raw["ID"],
-        hostname=raw["Description"]["Hostname"],
+        hostname=raw["Description"].get("Hostname", ""),
         role=raw["Spec"]["Role"],
         state=raw["Status"]["State"],
         availability=raw["Spec"]["Availability"],

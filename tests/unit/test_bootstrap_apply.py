@@ -64,7 +64,6 @@ def test_hosts_have_joined_before_they_are_told_apart(done: list[Action]) -> Non
     assert len(done) == len(Action)
 
 
-@pytest.mark.xfail(strict=True, reason="_LAST demotes before it forgets: with a manager lost, Docker refuses that")
 def test_lost_managers_are_forgotten_before_others_are_demoted(done: list[Action]) -> None:
     bootstrap.apply(Fleet(), None, everything())  # type: ignore[arg-type]
     assert done.index(Action.PROMOTE) < done.index(Action.FORGET) < done.index(Action.DEMOTE)
@@ -194,9 +193,6 @@ def test_managers_of_which_none_answers_are_not_passed_over(monkeypatch: pytest.
         bootstrap._swarm(Fleet(), members("host1", "host2"))  # type: ignore[arg-type]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the first manager is asked, also when it is to be demoted: it cannot see that end"
-)
 def test_a_manager_that_stays_one_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     view(monkeypatch)
     found = bootstrap._swarm(Fleet("wmm"), members("host1", "host2", "host3"))  # type: ignore[arg-type]
