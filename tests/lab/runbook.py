@@ -127,20 +127,22 @@ def _commands(lines: list[str], name: str, line: int) -> Iterable[Command]:
 
 
 def _pattern(shown: Iterable[str]) -> str:
-    """``...`` alone in a line: any lines, or none; in a line: any text. Blanks count as one (columns)."""
+    """``...`` alone in a line: any lines, or none; in a line: any text, or none. Blanks count as one (columns)."""
     parts = []
     for text in shown:
         words = " ".join(text.split())
         if words == "...":
             parts.append(r"(?:.*\n)*?")
         else:
-            parts.append(".*?".join(map(re.escape, words.split("..."))) + r"\n")
+            # `a ... b` is also `a b`: an empty column
+            texts = [".*?".join(map(re.escape, text.split("..."))) for text in f"{words} ".split(" ... ")]
+            parts.append("(?: .*)? ".join(texts) + r"\n")
     return "".join(parts)
 
 
 def matches(shown: Iterable[str], output: str) -> bool:
     """Whether an output is what the page shows. Empty lines at its end do not count."""
-    found = "".join(f"{' '.join(text.split())}\n" for text in output.rstrip().splitlines())
+    found = "".join(f"{' '.join(text.split())} \n" for text in output.rstrip().splitlines())
     return re.fullmatch(_pattern(shown), found) is not None
 
 
@@ -160,10 +162,10 @@ def execute(page: Page, shell: Shell, folder: Path, real: Mapping[str, str]) -> 
     """
 
     def outwards(text: str) -> str:
-        return _replace(text, real)
+        return replace(text, real)
 
     def inwards(text: str) -> str:
-        return _replace(text, {value: key for key, value in real.items()})
+        return replace(text, {value: key for key, value in real.items()})
 
     for step in page.steps:
         where = f"{page.name}:{step.line}"
@@ -182,7 +184,8 @@ def execute(page: Page, shell: Shell, folder: Path, real: Mapping[str, str]) -> 
                     )
 
 
-def _replace(text: str, words: Mapping[str, str]) -> str:
+def replace(text: str, words: Mapping[str, str]) -> str:
+    """Put a value in the place of each word; a word that is only a part of a longer one stays."""
     if not words:
         return text
     alternatives = "|".join(map(re.escape, words))
@@ -190,9 +193,9 @@ def _replace(text: str, words: Mapping[str, str]) -> str:
 
 
 def _change(path: Path, old: str, new: str, where: str) -> None:
-    # line by line: a change must not begin in the middle of a line
-    before = "\n" + path.read_text()
-    times = len(re.findall(f"(?={re.escape(chr(10) + old)})", before))  # places that overlap count too
-    if times != 1:
-        raise RunbookError(f"{where}: {path.name} holds this {times} times, not once:\n{old}")
-    path.write_text(before.replace("\n" + old, "\n" + new)[1:])
+    place = re.compile("^" + re.escape(old), re.M)  # whole lines
+    before = path.read_text()
+    found = len(place.findall(before))
+    if found != 1:
+        raise RunbookError(f"{where}: {path.name} holds this {found} times, not once:\n{old}")
+    path.write_text(place.sub(lambda match: new, before))
