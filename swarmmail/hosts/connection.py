@@ -20,7 +20,7 @@ import shlex
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 import fabric
 import paramiko
 import tenacity
-from fabric.tunnels import Tunnel
 from paramiko.ssh_exception import NoValidConnectionsError
 
 from swarmmail.model.errors import Deadline, HostError, SwarmmailError, Unreachable
@@ -369,11 +368,12 @@ class Host:
     def forward(self, address: str, port: int) -> Iterator[int]:
         """Reach ``address:port`` as this host does; yields a port on the loopback of this machine.
 
-        Fabric's own ``forward_local`` yields before its socket listens; its pump is used here all the same.
+        Not Fabric's ``forward_local``: it yields before its socket listens, and waits with ``select`` on a channel.
+        For that paramiko makes a pipe, whose end it may close while its own thread writes there: the thread dies of
+        EBADF, and the connection with it.
         """
         transport = self.transport
-        finished = threading.Event()
-        pumps: list[Tunnel] = []
+        opened: list[tuple[paramiko.Channel, socket.socket]] = []
         with socket.create_server(("127.0.0.1", 0)) as server:
 
             def serve() -> None:
@@ -385,19 +385,19 @@ class Host:
                         except (paramiko.SSHException, EOFError):
                             sock.close()  # nobody listens there: the client sees its connection end
                             continue
-                        pump = Tunnel(channel=channel, sock=sock, finished=finished)
-                        pump.start()
-                        pumps.append(pump)
+                        opened.append((channel, sock))
+                        threading.Thread(target=_join, args=(channel, sock), daemon=True).start()
 
             threading.Thread(target=serve, daemon=True).start()
             try:
                 yield server.getsockname()[1]
             finally:
-                finished.set()
                 with contextlib.suppress(OSError):
                     server.shutdown(socket.SHUT_RDWR)
-                for pump in pumps:
-                    pump.join(2)
+                for channel, sock in opened:
+                    channel.close()
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)
 
     @contextlib.contextmanager
     def doing(self, step: str) -> Iterator[None]:
@@ -413,6 +413,30 @@ class Host:
             raise HostError(f"Docker does not answer ({error})", host=self.name, step=step) from error
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise HostError(f"connection lost ({error})", host=self.name, step=step) from error
+
+
+def _join(channel: paramiko.Channel, sock: socket.socket) -> None:
+    """Copy both ways until both have ended; an end is passed on, as TCP does."""
+
+    def back() -> None:
+        _copy(channel.recv, sock.sendall)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+
+    other = threading.Thread(target=back, daemon=True)
+    other.start()
+    _copy(sock.recv, channel.sendall)
+    with contextlib.suppress(OSError, EOFError):
+        channel.shutdown_write()
+    other.join()
+    channel.close()
+    sock.close()
+
+
+def _copy(receive: Callable[[int], bytes], send: Callable[[bytes], object]) -> None:
+    with contextlib.suppress(OSError, EOFError):
+        while chunk := receive(65536):
+            send(chunk)
 
 
 def _last_words(result: Result) -> str:

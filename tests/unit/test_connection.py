@@ -311,6 +311,31 @@ def test_a_port_that_only_the_host_reaches(connect: Connect) -> None:
             assert client.recv(100) == b"220 hello"
 
 
+def test_a_forwarded_port_passes_ends_on_and_asks_no_channel_for_a_descriptor(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipe behind a channel's descriptor may be closed under paramiko's own thread, which dies of it."""
+    monkeypatch.setattr(paramiko.Channel, "fileno", lambda _: pytest.fail("a channel's descriptor was asked for"))
+    host = connect()
+    sent = bytes(range(256)) * 4096
+    with socket.create_server(("127.0.0.1", 0)) as target:
+
+        def answer() -> None:
+            for _ in range(8):
+                sock, _peer = target.accept()
+                with sock, sock.makefile("rb") as stream:
+                    sock.sendall(stream.read())  # to the end of what the client sends
+
+        threading.Thread(target=answer, daemon=True).start()
+        with host.forward("127.0.0.1", target.getsockname()[1]) as port:
+            for _ in range(8):
+                with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+                    threading.Thread(target=lambda c=client: (c.sendall(sent), c.shutdown(socket.SHUT_WR))).start()
+                    with client.makefile("rb") as stream:
+                        assert stream.read() == sent
+    assert host.run("echo alive").stdout == "alive\n"
+
+
 # ---- the fleet ----
 
 
