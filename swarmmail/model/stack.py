@@ -96,12 +96,11 @@ def read(inventory: Inventory) -> StackFile:
     raw_services = value.get("services") if isinstance(value, dict) else None
     if not isinstance(raw_services, dict) or not raw_services:
         raise InputError([document.problem((), "no services: write them below 'services:'")])
+    _shape(value, wrong)
+    if problems:
+        raise InputError(problems)
     services = {}
     for name, raw in raw_services.items():
-        place: Path_ = ("services", name)
-        if not isinstance(raw, dict):
-            wrong(place, "found no mapping")
-            continue
         before = len(problems)
         _judge(name, raw, value, inventory.network.name, wrong)
         if len(problems) == before:
@@ -131,6 +130,40 @@ def read(inventory: Inventory) -> StackFile:
     if problems:
         raise InputError(problems)
     return StackFile(stack.name, document, services)
+
+
+_MAPPING, _LIST, _EITHER, _WORDS = ("a mapping",), ("a list",), ("a mapping", "a list"), ("text", "a list")
+_SHAPES: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    **{(section,): _MAPPING for section in ("networks", "volumes", "secrets", "configs")},
+    **{(section, "*"): _MAPPING for section in ("services", "networks", "volumes", "secrets", "configs")},
+    **{("services", "*", key): _LIST for key in ("ports", "volumes", "secrets", "configs")},
+    **{("services", "*", key): _EITHER for key in ("networks", "environment")},
+    **{("services", "*", key): _WORDS for key in ("entrypoint", "command")},
+    ("services", "*", "build"): ("text", "a mapping"),
+    ("services", "*", "deploy"): _MAPPING,
+    ("services", "*", "deploy", "labels"): _EITHER,
+    **{("services", "*", "deploy", key): _MAPPING for key in ("placement", "update_config", "rollback_config")},
+    ("services", "*", "deploy", "placement", "constraints"): _LIST,
+}
+"""Key path to what may stand there (or nothing); ``*`` is any name. Only what is read here: Docker judges the rest."""
+
+
+def _shape(value: Any, wrong: Any) -> None:
+    for path, allowed in _SHAPES.items():
+        for place, found in _at(value, path, ()):
+            if found is None and path != ("services", "*"):
+                continue
+            kinds: dict[type, str] = {dict: "a mapping", list: "a list", str: "text"}
+            if kinds.get(type(found)) not in allowed:
+                wrong(place, f"found {yamlfile.short(found)}, allowed: {' or '.join(allowed)}")
+
+
+def _at(value: Any, path: tuple[str, ...], place: Path_) -> Iterator[tuple[Path_, Any]]:
+    if not path:
+        yield place, value
+    elif isinstance(value, dict):
+        for key in value if path[0] == "*" else {path[0]} & value.keys():
+            yield from _at(value[key], path[1:], (*place, key))
 
 
 def _variables(value: Any, place: Path_) -> Iterator[tuple[Path_, str]]:
@@ -165,7 +198,7 @@ def _judge(name: str, raw: Mapping[str, Any], value: Mapping[str, Any], network:
     if role not in ("", "mta", "mda"):
         wrong((*place, "deploy", "labels"), f"{ROLE_LABEL} is '{role}', allowed: mta, mda")
     joined = raw.get("networks") or {}
-    names = {str((value.get("networks") or {}).get(n, {}).get("name", n)) for n in joined}
+    names = {str(((value.get("networks") or {}).get(n) or {}).get("name", n)) for n in joined if isinstance(n, str)}
     if role and network not in names:
         wrong((*place, "networks"), f"not on the overlay {network}: LMTP would have no encrypted way")
     if network in names and deploy.get("endpoint_mode") != "dnsrr":
@@ -180,7 +213,9 @@ def _judge(name: str, raw: Mapping[str, Any], value: Mapping[str, Any], network:
                 "write {target: .., published: .., mode: host}: by the ingress network the client's address is "
                 "lost, and Postfix becomes an open relay",
             )
-        elif role == "mda" and port.get("target") == 24:
+        elif not str(port.get("published", "")).isdigit() or not str(port.get("target", "")).isdigit():
+            wrong((*place, "ports", index), "target and published: each one number")
+        elif role == "mda" and int(port["target"]) == 24:
             wrong((*place, "ports", index), "LMTP takes mail without a password: it is published nowhere")
     for index, volume in enumerate(raw.get("volumes") or []):
         if isinstance(volume, dict) and volume.get("type") == "tmpfs":
@@ -190,6 +225,9 @@ def _judge(name: str, raw: Mapping[str, Any], value: Mapping[str, Any], network:
             wrong((*place, "volumes", index), "write NAME:PATH with NAME below the top-level 'volumes:'")
     if raw.get("volumes") and (deploy.get("mode", "replicated") != "replicated" or deploy.get("replicas", 1) != 1):
         wrong((*place, "deploy"), "a service with data runs once: leave mode and replicas out (never two writers)")
+    for section in ("update_config", "rollback_config"):
+        if raw.get("volumes") and (deploy.get(section) or {}).get("order", "stop-first") != "stop-first":
+            wrong((*place, "deploy", section, "order"), "write stop-first: otherwise two writers share a volume")
     grace = _seconds(raw.get("stop_grace_period", "10s"))
     if grace is None or grace > MAX_GRACE:
         wrong((*place, "stop_grace_period"), f"at most {MAX_GRACE}s: later the Swarm starts a second task beside it")

@@ -219,8 +219,9 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """``did you mean 'manager'?`` when a known word is near, else nothing."""
     if not isinstance(word, str):
         return ""
-    near = difflib.get_close_matches(word[:80].lower(), list(known), n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else ""
+    spelled = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word[:80].lower(), list(spelled), n=1, cutoff=0.6)
+    return f"did you mean {spelled[near[0]]!r}?" if near else ""
 
 
 def keys(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
