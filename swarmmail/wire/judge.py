@@ -1,0 +1,1 @@
+"""The judge: bytes of captures in, what is in them out. Pure."""

@@ -1,0 +1,1 @@
+"""The verdict on a pair of hosts, from what was seen. Pure."""
