@@ -204,7 +204,7 @@ def test_a_manager_that_stays_one_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_docker_listens_where_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    inventory = make_inventory("mm", encryption="ipsec", hosts={"host2": {"advertise": "203.0.113.9"}})
+    inventory = make_inventory("mm", encryption="none", hosts={"host2": {"advertise": "203.0.113.9"}})
     facts = {name: make_facts(name) for name in inventory.hosts}
     design, _ = bootstrap.decide(inventory, Observed(facts))
     assert bootstrap._listen(design, "host1") == "198.18.0.11"
