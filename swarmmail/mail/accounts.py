@@ -7,6 +7,10 @@ one while the MDA is away. A script in each image does the work inside; labels o
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+from collections.abc import Iterator
+
 import tenacity
 
 from swarmmail.hosts.fleet import Fleet
@@ -49,6 +53,18 @@ class Accounts:
             self._users("remove", address, *(["--mail"] if mail else []), step=f"remove {address}")
         finally:
             self.sync()
+
+    @contextlib.contextmanager
+    def temporary(self, address: str) -> Iterator[str]:
+        """An account that exists only meanwhile; yields its password. What a killed run left of it is removed first."""
+        password = secrets.token_urlsafe(24)
+        if address in self.list():
+            self.remove(address, mail=True)
+        self.add(address, password)
+        try:
+            yield password
+        finally:
+            self.remove(address, mail=True)
 
     def sync(self, patience: float = 0) -> None:
         """Give the MTA the list of recipients. Run again, it repairs a list that is behind.
