@@ -80,6 +80,6 @@ class Accounts:
         )(self._sync)
 
     def _sync(self) -> None:
-        addresses = "".join(f"{address}\n" for address in self.list())
+        addresses = "".join(f"{address}\n" for address in self.list()) or "\n"  # never an empty input, see Container
         command = self.mta.labels.get(*RECIPIENTS)
         self.mta.call(command, stdin=addresses, step="tell the MTA its recipients")
