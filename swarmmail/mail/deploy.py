@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 
 from swarmmail import report
 from swarmmail.cluster import images, lock, swarm
+from swarmmail.hosts.facts import gather
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail import services
 from swarmmail.mail.services import Seen
@@ -135,6 +136,11 @@ def decide(fleet: Fleet, stack: StackFile, built: Mapping[str, images.ImageInfo]
     to_build = tuple(
         service for service in stack.services.values() if service.build is not None and service.image not in known
     )
+    there = inventory.stack.build  # an image that is built on a host is there
+    missing = {
+        name: [host for host in hosts if host != there or stack.services[name] not in to_build]
+        for name, hosts in missing.items()
+    }
     commands = {name: _command(service, known.get(service.image), seen) for name, service in stack.services.items()}
     files, secrets, configs = _files(fleet, stack)
     filling = Filling(commands, {n: _generation(n, p, seen) for n, p in places.items()}, secrets, configs)
@@ -216,7 +222,11 @@ def _ports_free(fleet: Fleet, stack: StackFile, seen: Seen, places: Mapping[str,
         )
         if runs_there:
             continue
-        taken = sorted(set(stack.services[name].ports) & seen.observed.hosts[where.host].listening)
+        wanted = set(stack.services[name].ports)
+        taken = sorted(wanted & seen.observed.hosts[where.host].listening)
+        if taken and not _own_container(fleet, stack, where.host, name):
+            # a container of ours that ended since the facts were read may have had them
+            taken = sorted(wanted & gather(fleet[where.host]).listening)
         if taken and not _own_container(fleet, stack, where.host, name):
             raise Refused(
                 f"port {', '.join(map(str, taken))} is taken by another program",
@@ -489,15 +499,15 @@ def _wait(fleet: Fleet, stack: StackFile, plan: Plan, before: frozenset[str] | N
     settle = SETTLES if back or (plan.is_empty and _has_just_changed(plan.seen)) else 0
     while True:
         seen = services.observe(fleet, plan.seen.observed)
-        states = {name: _state(fleet, stack, seen, name, trouble) for name in stack.services}
-        if any(state != "ready" for state in states.values()):
+        missing = {name: _missing(fleet, stack, seen, name, trouble) for name in stack.services}
+        if any(missing.values()):
             ready_since = None
         elif ready_since is None:
             ready_since = time.monotonic()
         if ready_since is not None and time.monotonic() - ready_since >= settle:
             return
         if time.monotonic() > deadline:
-            waiting = ", ".join(f"{name}: {state}" for name, state in states.items() if state != "ready")
+            waiting = ", ".join(f"{name}: {what}" for name, what in missing.items() if what)
             raise Deadline(
                 f"not running after {START_LIMIT} s: {waiting}", step="deploy", hint="see: fab status; then fab deploy"
             )
@@ -505,7 +515,8 @@ def _wait(fleet: Fleet, stack: StackFile, plan: Plan, before: frozenset[str] | N
         pause = min(0.5, pause * 1.5)
 
 
-def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Trouble) -> str:
+def _missing(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Trouble) -> str:
+    """What keeps a service from running as it should; empty when nothing does."""
     raw = seen.services.get(name)
     if raw is None:
         return "no such service"
@@ -530,7 +541,7 @@ def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Trou
         if time.monotonic() - trouble.pending.setdefault(newest["ID"], time.monotonic()) > patience:
             raise HostError(problem, step=f"start {name}", hint="see: fab status")
     if state != "running" or not alive:
-        return f"{state} {problem}".strip()
+        return f"its task is {state} {problem}".strip()
     container = (status.get("ContainerStatus") or {}).get("ContainerID")
     if not container or host not in fleet.inventory.hosts:
         return "running on a host that is not in the inventory"
@@ -543,7 +554,7 @@ def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Trou
     if image is None or there["Image"] != image.id:
         return "runs another image"
     health = (there["State"].get("Health") or {}).get("Status", "healthy")
-    return "ready" if health == "healthy" and there["State"]["Running"] else f"running, {health}"
+    return "" if health == "healthy" and there["State"]["Running"] else f"its task is running, {health}"
 
 
 def _cannot_start(fleet: Fleet, seen: Seen, name: str, task: Mapping[str, Any]) -> HostError:

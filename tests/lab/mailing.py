@@ -85,6 +85,16 @@ def container(project: Project, host: str, service: str) -> str:
     return project.sh(host, f"docker ps -q --no-trunc -f label=com.docker.swarm.service.name={service}").strip()
 
 
+def running(project: Project) -> dict[str, tuple[str, str]]:
+    """Each service's host and container."""
+    return {
+        service: (host, found)
+        for service in ("mail_mta", "mail_mda")
+        for host in HOSTS
+        if (found := container(project, host, service))
+    }
+
+
 def volume(project: Project, host: str, name: str) -> str:
     """The folder of a volume on its host; empty when there is none."""
     return project.sh(host, f"docker volume inspect -f '{{{{.Mountpoint}}}}' {name} 2>/dev/null || true").strip()
