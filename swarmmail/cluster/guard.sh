@@ -14,7 +14,7 @@ table inet swarmmail
 delete table inet swarmmail
 table inet swarmmail {
   chain in  { type filter hook prerouting priority raw; policy accept; iifname != "@LINK@" udp dport @PORT@ counter drop; }
-  chain fwd { type filter hook forward priority filter; policy accept;
+  chain direct { type filter hook forward priority filter; policy accept;
     oifname "docker_gwbridge" ct status dnat accept
     oifname "docker_gwbridge" iifname != "docker_gwbridge" ct state new counter drop; }
   chain out { type filter hook output priority raw; policy accept; oifname != "@LINK@" udp dport @PORT@ counter drop; }

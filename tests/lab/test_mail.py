@@ -144,7 +144,7 @@ def test_lmtp_is_reached_from_nowhere_but_the_overlay(deployed: Project) -> None
 
     try:
         assert not reached(24) and not reached(143) and not reached(24, inside[0])
-        deployed.sh("host3", "systemctl stop swarmmail-guard; nft delete chain inet swarmmail fwd")
+        deployed.sh("host3", "systemctl stop swarmmail-guard; nft delete chain inet swarmmail direct")
         assert reached(24)
     finally:
         deployed.sh("host2", f"ip route del {address}")
