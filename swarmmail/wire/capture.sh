@@ -57,6 +57,7 @@ stop() {
   tries=0
   while kill -0 $(cat "$d/pids") 2>/dev/null && [ $tries -lt 40 ]; do tries=$((tries + 1)); sleep 0.05; done
   for f in "$d"/*.pcap; do
+    [ -e "$f" ] || continue
     name=${f##*/}; name=${name%.pcap}
     s "log $name"; tail -4 "$d/$name.log"
     s "capture $name"; gzip -1 <"$f" | base64
