@@ -85,12 +85,17 @@ class Container:
 
     def exec(self, command: str, stdin: str = "", *, step: str, timeout: float = 30, check: bool = True) -> Result:
         """Run a shell command inside, with ``stdin``; what is secret goes there, not into ``command``."""
-        words = f"docker exec -i {self.id} sh -c {shlex.quote(command)}"
+        words = f"{self._exec(stdin)} sh -c {shlex.quote(command)}"
         return self.host.run(words, stdin=stdin, step=step, timeout=timeout, check=check)
+
+    def _exec(self, stdin: str) -> str:
+        """Without input no ``-i``: an input that ends at once may be lost, and the exec then waits for ever
+        (moby/moby#37870)."""
+        return f"docker exec {'-i ' if stdin else ''}{self.id}"
 
     def call(self, command: str, *arguments: str, stdin: str = "", step: str) -> str:
         """Run a program inside; its output. Its own one-line error becomes ours."""
-        words = " ".join(["docker exec -i", self.id, command, *map(shlex.quote, arguments)])
+        words = " ".join([self._exec(stdin), command, *map(shlex.quote, arguments)])
         result = self.host.run(words, stdin=stdin, step=step, timeout=60, check=False)
         if not result.ok:
             lines = (result.stderr or result.stdout).strip().splitlines()
