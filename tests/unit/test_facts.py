@@ -158,7 +158,26 @@ def test_an_ingress_network_that_is_not_there_says_nothing_of_the_gossip() -> No
     assert changed("peers", "null").peers == frozenset()
 
 
+def test_what_the_api_says_is_read_like_what_the_script_prints() -> None:
+    info = json.loads(re.search(r"(?ms)^@@docker\n(.*?)^@@", TEXT)[1])  # type: ignore[index]
+    seen = parse("host1", TEXT)
+    found = facts.of_docker(info, seen.peers)
+    assert {name: getattr(seen, name) for name in found} == found
+    assert set(found) == AFFECTED["docker"]
+    assert facts.peers_of({"Peers": [{"Name": "x", "IP": "10.0.0.1"}]}) == {"10.0.0.1"}
+    assert facts.peers_of({"Peers": None}) == facts.peers_of({}) == frozenset()
+
+
 # ---- the rest ----
+
+
+def test_units() -> None:
+    one = "Id=docker.service\nActiveState=active\nUnitFileState=enabled"
+    other = "ActiveState=inactive\nUnitFileState=\nId=wg-quick@swarmmail.service"
+    assert changed("units", f"{one}\n\n{other}").units == {
+        "docker": ("active", "enabled"),
+        "wg-quick@swarmmail": ("inactive", ""),
+    }
 
 
 @pytest.mark.parametrize(
