@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +96,8 @@ class Host:
         self._gateway = gateway
         self._sudo_password = sudo_password
         self._opening = threading.Lock()
+        self._docker_opening = threading.Lock()
+        self._docker: docker.APIClient | None = None
         self._sessions = threading.BoundedSemaphore(SESSIONS_FOR_COMMANDS)
         self._connection: fabric.Connection | None = None
         self._failed: tuple[float, Unreachable] | None = None
@@ -224,14 +225,18 @@ class Host:
 
     def close(self) -> None:
         """Close the connection and what runs over it; never raises."""
+        client, self._docker = self._docker, None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                # paramiko's thread looks only every 0.1 s whether it shall end; a socket that has ended wakes it
+                connection.transport.sock.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(Exception):
-            if "docker" in self.__dict__:
-                self.docker.close()
+            if client is not None:
+                client.close()
         with contextlib.suppress(Exception):
-            if self._connection is not None:
-                self._connection.close()
-        self._connection = None
-        self.__dict__.pop("docker", None)
+            if connection is not None:
+                connection.close()
 
     # -- commands ---------------------------------------------------------------------------------------
 
@@ -357,12 +362,25 @@ class Host:
 
     # -- other uses of the same connection --------------------------------------------------------------
 
-    @cached_property
+    @property
     def docker(self) -> docker.APIClient:
-        """The Docker API of this host, by this connection (see ``dockerapi``)."""
+        """The Docker API of this host, by this connection (see ``dockerapi``). Opened at the first use."""
         from swarmmail.hosts.dockerapi import client
 
-        return client(self)
+        with self._docker_opening:
+            if self._docker is None:
+                self._docker = client(self)
+            return self._docker
+
+    def open_docker(self) -> None:
+        """Begin to open the Docker API, beside other work: to start its client there and to agree on a version takes
+        two round trips. A failure is left to show when the API is used."""
+
+        def begin() -> None:
+            with contextlib.suppress(Exception):
+                self.docker  # noqa: B018
+
+        threading.Thread(target=begin, daemon=True).start()
 
     @contextlib.contextmanager
     def forward(self, address: str, port: int) -> Iterator[int]:

@@ -221,6 +221,24 @@ def test_docker_answers_by_the_same_connection(server: Server, connect: Connect)
     assert server.connections == 1
 
 
+def test_docker_that_is_opened_beside_other_work_is_the_one_that_is_used(server: Server, connect: Connect) -> None:
+    host = connect()
+    host.open_docker()
+    host.run("true")
+    assert host.docker.version()["ApiVersion"] == "1.45"
+    assert host.docker is host.docker
+    assert server.commands.count("docker system dial-stdio") == 1
+
+
+def test_a_docker_that_does_not_answer_says_so_when_it_is_used(server: Server, connect: Connect) -> None:
+    host = connect()
+    host.open()
+    server.refuse_commands = True
+    host.open_docker()
+    with pytest.raises(HostError, match="host1, look"), host.doing("look"):
+        host.docker.version()
+
+
 # ---- root ----
 
 
