@@ -355,7 +355,7 @@ class Host:
         """Write a file whole or not at all: a new file beside it, then a rename."""
         quoted, new = shlex.quote(path), shlex.quote(path + ".swarmmail-new")
         self.run(
-            f"mkdir -p $(dirname {quoted}) && umask 077 && cat > {new} && chmod {mode} {new} && mv {new} {quoted}",
+            f'mkdir -p "$(dirname -- {quoted})" && umask 077 && cat > {new} && chmod {mode} {new} && mv {new} {quoted}',
             stdin=content,
             step=step,
         )

@@ -192,7 +192,7 @@ def test_a_host_that_runs_no_commands_is_named(server: Server, connect: Connect)
 
 
 def test_a_file_is_written_whole(connect: Connect, tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "it's"
+    path = tmp_path / "-a  folder" / "it's"
     connect().write(str(path), b"\0\1binary\n", mode="0640")
     assert path.read_bytes() == b"\0\1binary\n"
     assert path.stat().st_mode & 0o777 == 0o640
