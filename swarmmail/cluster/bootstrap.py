@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -301,10 +302,21 @@ def _rehome(fleet: Fleet, design: Design, host: str, old: str, new: str) -> None
         return
     with fleet[host].doing("read Docker's folder"):
         root = fleet[host].docker.info()["DockerRootDir"]
-    fleet[host].run(
-        f"sed -i 's/^node={old}$/node={new}/' {root}/volumes/*/_data/.swarmmail-volume",
-        step="tell the volumes their node's new id",
-    )
+    script = f"cd {shlex.quote(root)}/volumes || exit 1\n{_REHOME}"
+    fleet[host].run(f"set -- {old} {new}\n{script}", step="tell the volumes their node's new id")
+
+
+# What is in a volume is a container's to write: no link is followed, and the new file is made outside of the volume.
+_REHOME = """
+for f in */_data/.swarmmail-volume; do
+  [ -f "$f" ] && [ ! -L "$f" ] || continue
+  text=$(dd if="$f" iflag=nofollow,nonblock bs=4096 count=1 status=none | grep -aE '^[a-z]+=') || continue
+  case $text in *"node=$1"*) ;; *) continue ;; esac
+  made=$(mktemp "${f%%/*}/.swarmmail.XXXXXX") || exit 1
+  { printf '%s\\n' "$text" | sed "s/^node=$1\\$/node=$2/" >"$made" && chmod 644 "$made" && mv -fT "$made" "$f"; } ||
+    { rm -f "$made"; exit 1; }
+done
+"""
 
 
 def _label(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:

@@ -39,8 +39,11 @@ s listening;   ss -Hltn 2>/dev/null
 s volumes
 root=$(sed -n "s/.*\"data-root\": *\"\([^\"]*\)\".*/\1/p" /etc/docker/daemon.json 2>/dev/null)
 for f in "${root:-/var/lib/docker}"/volumes/*/_data/.swarmmail-volume; do
-  [ -f "$f" ] || continue
-  v=${f%/_data/*}; echo "volume=${v##*/}"; cat "$f"; echo
+  [ -f "$f" ] && [ ! -L "$f" ] || continue
+  v=${f%/_data/*}; echo "volume=${v##*/}"
+  # What is in a volume is the container's to write: no link is followed, no pipe waited for, no other line passed on.
+  dd if="$f" iflag=nofollow,nonblock bs=4096 count=1 status=none 2>/dev/null |
+    grep -aE '^(cluster|service|generation|node|state)='
 done
 s end
 }

@@ -378,6 +378,18 @@ def _folder(service: Service) -> Any:
     return service.build
 
 
+# What is in a volume is a container's to write: no link is followed, and the marker is made outside of the volume.
+_MARK = """
+found=$(ls -A | grep -v "^[.]swarmmail-volume" | head -1)
+if [ -n "$found" ] && { [ ! -f .swarmmail-volume ] || [ -L .swarmmail-volume ]; }; then
+  echo "holds $found and has no marker" >&2; exit 3
+fi
+@OWN@
+made=$(mktemp ../.swarmmail.XXXXXX) || exit 1
+{ cat >"$made" && chmod 644 "$made" && mv -fT "$made" .swarmmail-volume; } || { rm -f "$made"; exit 1; }
+"""
+
+
 def _make_volumes(fleet: Fleet, stack: StackFile, service: Service, where: Place, seen: Seen) -> None:
     """Make the volumes with their markers. A volume that holds anything else is somebody's data: refused."""
     host = fleet[where.host]
@@ -403,14 +415,8 @@ def _make_volumes(fleet: Fleet, stack: StackFile, service: Service, where: Place
                 "",
             )
         )
-        script = (
-            f"cd {shlex.quote(folder)} || exit 1\n"
-            'found=$(ls -A | grep -v "^[.]swarmmail-volume" | head -1)\n'
-            'if [ ! -e .swarmmail-volume ] && [ -n "$found" ]; then\n'
-            'echo "holds $found and has no marker" >&2; exit 3; fi\n'
-            f"{f'chown {owner} .' if owner else ':'}\n"
-            "umask 022; cat >.swarmmail-volume.new && mv .swarmmail-volume.new .swarmmail-volume\n"
-        )
+        own = f"chown {owner} ." if owner else ":"
+        script = f"cd {shlex.quote(folder)} || exit 1\n{_MARK.replace('@OWN@', own)}"
         result = host.run(script, stdin=marker, step=f"make volume {name}", check=False)
         if result.status == 3:
             raise Refused(
