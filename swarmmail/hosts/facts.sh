@@ -31,6 +31,7 @@ fi
 s mesh-config; cat /etc/wireguard/swarmmail.conf 2>/dev/null
 s mesh-key;    wg show swarmmail public-key 2>/dev/null || { [ -s /etc/wireguard/swarmmail.key ] && wg pubkey </etc/wireguard/swarmmail.key 2>/dev/null; }
 s mesh-peers;  wg show swarmmail allowed-ips 2>/dev/null
+s mesh-port;   wg show swarmmail listen-port 2>/dev/null
 s mesh-link;   ip -j addr show dev swarmmail 2>/dev/null
 s files;       sha256sum /etc/swarmmail/guard /etc/systemd/system/swarmmail-guard.service /etc/systemd/system/docker.service.d/swarmmail.conf 2>/dev/null
 s guard;       /etc/swarmmail/guard check 2>/dev/null && echo yes

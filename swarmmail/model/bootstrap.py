@@ -282,9 +282,10 @@ def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:
     elif facts.mesh.address and (
         facts.mesh.peers != {k for n, k in design.keys.items() if n != name}
         or facts.mesh.address != str(design.mesh.addresses[name])
+        or facts.mesh.port not in (0, design.mesh.port)
         or facts.mtus.get(net.MESH, design.mesh.mtu) != design.mesh.mtu
     ):
-        reasons.append("peers, address or MTU of the running tunnel")
+        reasons.append("peers, address, port or MTU of the running tunnel")
     if not facts.mesh.address:
         reasons.append("the tunnel is down")
     if not facts.mesh.guarded:

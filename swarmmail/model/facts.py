@@ -33,6 +33,8 @@ class Mesh:
     public_key: str = ""
     peers: frozenset[str] = frozenset()
     """Public keys of the running tunnel's peers."""
+    port: int = 0
+    """UDP port that the running tunnel listens on; 0 when it is not known."""
     address: str = ""
     """The address the running tunnel has; empty when it is down."""
     guarded: bool = False
@@ -130,6 +132,7 @@ def parse(name: str, text: str) -> HostFacts:
             config=sections.get("mesh-config", "").strip(),
             public_key=first("mesh-key"),
             peers=frozenset(line.split()[0] for line in lines("mesh-peers")),
+            port=int(_number(first("mesh-port"))),
             address=next((a["local"] for link in tunnel for a in link.get("addr_info", ())), ""),
             guarded=first("guard") == "yes",
             files={words[1]: words[0] for line in lines("files") if len(words := line.split(None, 1)) == 2},

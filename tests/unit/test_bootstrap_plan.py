@@ -98,6 +98,12 @@ def old_mtu(world: World, host: Machine) -> None:
     host.link = (host.link[0], host.link[1], host.link[2] + 100)
 
 
+def old_port(world: World, host: Machine) -> None:
+    if host.link is None:
+        raise NotPossible
+    host.port += 1
+
+
 def drop_guard(world: World, host: Machine) -> None:
     host.guard = False
 
@@ -235,6 +241,7 @@ DAMAGE = [
     stop_tunnel,
     old_peers,
     old_mtu,
+    old_port,
     drop_guard,
     old_files,
     lose_files,
@@ -681,8 +688,9 @@ def test_an_overlay_that_differs_is_refused(changes: dict[str, Any], words: str 
         (lose_config, "configuration"),
         (change_config, "configuration"),
         (stop_tunnel, "the tunnel is down"),
-        (old_peers, "peers, address or MTU of the running tunnel"),
-        (old_mtu, "peers, address or MTU of the running tunnel"),
+        (old_peers, "peers, address, port or MTU of the running tunnel"),
+        (old_mtu, "peers, address, port or MTU of the running tunnel"),
+        (old_port, "peers, address, port or MTU of the running tunnel"),
         (drop_guard, "the guard is not in force"),
         (old_files, "files"),
         (disable_units, "units"),

@@ -64,7 +64,7 @@ def test_a_real_tunnel() -> None:
     assert mesh.config.startswith("# Written by swarmmail bootstrap.")
     assert mesh.config.endswith("Endpoint = 198.18.9.13:51820")
     assert (mesh.public_key, mesh.peers) == ("QHG5mm9psuW1QYCnxOqcfr3qx50WIB6jx9v6Gl64K2w=", PEERS)
-    assert (mesh.address, mesh.guarded) == ("10.90.0.1", True)
+    assert (mesh.address, mesh.port, mesh.guarded) == ("10.90.0.1", 51820, True)
     assert {path: digest[:8] for path, digest in mesh.files.items()} == {
         "/etc/swarmmail/guard": "4ed9a693",
         "/etc/systemd/system/swarmmail-guard.service": "d70c1917",
@@ -107,7 +107,7 @@ AFFECTED = {
     "wireguard": {"wireguard_kernel"},
     "volumes": {"markers"},
     "root": set(),
-    **{key: {"mesh"} for key in ("mesh-config", "mesh-key", "mesh-peers", "mesh-link", "files", "guard")},
+    **{key: {"mesh"} for key in ("mesh-config", "mesh-key", "mesh-peers", "mesh-port", "mesh-link", "files", "guard")},
 }
 
 
