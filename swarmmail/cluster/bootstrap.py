@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import tenacity
+
 from swarmmail import report
 from swarmmail.cluster import install, lock, mesh, overlay, swarm
 from swarmmail.hosts.connection import Host
@@ -31,11 +33,32 @@ _IN_DOCKER = frozenset(set(Action) - {Action.INSTALL, Action.MESH, Action.START,
 """What changes nothing on a host but what its Docker says of the Swarm."""
 
 
+class NoManager(Refused):
+    """There are managers, and none answers for the Swarm: too few run, or they are about to elect a leader."""
+
+
 def observe(fleet: Fleet, strict: bool = True) -> Observed:
-    """Facts of all hosts (``strict``: all must answer), and the Swarm as its first reachable manager sees it."""
+    """Facts of all hosts (``strict``: all must answer), and the Swarm as its first reachable manager sees it.
+
+    Raises:
+        NoManager: unless (``strict``) Docker is silent on a host: to start it may be what the managers wait for.
+    """
     fleet[model.managers(fleet.inventory)[0]].open_docker()  # most likely the one that is asked below
     facts = gather_all(fleet, strict)
-    return Observed(facts, _swarm(fleet, facts))
+    try:
+        return Observed(facts, _swarm(fleet, facts))
+    except NoManager:
+        if not strict or not model.silent(facts):
+            raise
+    return Observed(facts)
+
+
+_observe_patiently = tenacity.Retrying(
+    retry=tenacity.retry_if_exception_type(NoManager),
+    stop=tenacity.stop_after_delay(lock.ELECTION),
+    wait=tenacity.wait_fixed(0.5),
+    reraise=True,
+)
 
 
 def _refresh(fleet: Fleet, before: Observed) -> Observed:
@@ -60,11 +83,14 @@ def _swarm(fleet: Fleet, facts: dict[str, HostFacts]) -> Swarm | None:
         except HostError as error:
             failure = error
     if failure is not None:
-        raise Refused(
+        silent = model.silent(facts)
+        raise NoManager(
             f"no manager answers for the Swarm ({failure.what})",
             host=failure.host,
             step="read the Swarm",
-            hint="without a majority of managers nothing can be changed: bring the missing ones back",
+            hint=f"Docker does not answer on {', '.join(silent)}; run: fab bootstrap"
+            if silent
+            else "without a majority of managers nothing can be changed: bring the missing ones back",
         )
     return None
 
@@ -135,7 +161,7 @@ def _after(fleet: Fleet, before: Observed, done: Plan) -> Observed:
             seen = _refresh(fleet, before)
             if decide(fleet.inventory, seen)[1].is_empty:
                 return seen
-    return observe(fleet)
+    return _observe_patiently(lambda: observe(fleet))
 
 
 _Found = tuple[Observed, Design, Plan]
@@ -150,7 +176,7 @@ def _wait(fleet: Fleet, before: _Found) -> _Found:
         return seen, *decide(fleet.inventory, seen)
 
     def whole() -> _Found:
-        seen = observe(fleet)
+        seen = _observe_patiently(lambda: observe(fleet))
         return seen, *decide(fleet.inventory, seen)
 
     def over(found: _Found) -> bool:

@@ -428,7 +428,9 @@ class Host:
         except docker.errors.APIError as error:
             raise HostError(str(error.explanation or error), host=self.name, step=step) from error
         except (docker.errors.DockerException, requests.RequestException) as error:
-            raise HostError(f"Docker does not answer ({error})", host=self.name, step=step) from error
+            raise HostError(
+                f"Docker does not answer ({error})", host=self.name, step=step, hint="run: fab bootstrap"
+            ) from error
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise HostError(f"connection lost ({error})", host=self.name, step=step) from error
 

@@ -31,6 +31,11 @@ def managers(inventory: Inventory) -> list[str]:
     return wanted if len(wanted) % 2 else wanted[:-1]
 
 
+def silent(hosts: Mapping[str, HostFacts]) -> list[str]:
+    """The hosts that have Docker, and it does not answer."""
+    return [name for name, facts in hosts.items() if "dockerd" in facts.programs and not facts.engine]
+
+
 @dataclass(frozen=True)
 class Observed:
     """Facts of every host, and the Swarm as a manager of it sees it (None: there is none yet)."""
@@ -146,9 +151,9 @@ def plan(design: Design) -> Plan:
         steps += _engine(name, facts, design)
         steps += _mesh(name, facts, design)
     memberships = {name: _membership(name, facts, design) for name, facts in hosts.items()}
-    if silent := [name for name, facts in hosts.items() if "dockerd" in facts.programs and not facts.engine]:
+    if mute := silent(hosts):
         # They may be members: to join them anew would take a good node from the Swarm.
-        waits.append(f"Docker does not answer on {', '.join(silent)}; when it does, the rest of the plan shows")
+        waits.append(f"Docker does not answer on {', '.join(mute)}; when it does, the rest of the plan shows")
         return Plan(tuple(_in_order(steps)), tuple(notes), tuple(waits), is_partial=True)
     asleep = {name for name, membership in memberships.items() if membership == "asleep"}
     waits += [
@@ -347,8 +352,10 @@ def _membership(name: str, facts: HostFacts, design: Design) -> str:
         raise Refused(
             f"belongs to another swarm (managers {', '.join(strange)})", host=name, step="bootstrap", hint=give_up
         )
-    if swarm is None and (strange or (facts.is_manager and facts.swarm == "pending")):
-        return "asleep"
+    if swarm is None and (
+        strange or (facts.is_manager and (facts.swarm == "pending" or silent(design.observed.hosts)))
+    ):
+        return "asleep"  # a manager may miss those whose Docker is silent
     if swarm is None and facts.is_manager:
         raise Refused(
             "is a manager of a swarm that does not answer as ours",

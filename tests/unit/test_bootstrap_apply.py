@@ -230,6 +230,29 @@ def test_managers_of_which_none_answers_are_not_passed_over(monkeypatch: pytest.
         bootstrap._swarm(Fleet(), members("host1", "host2"))  # type: ignore[arg-type]
 
 
+class Opening:
+    def open_docker(self) -> None:
+        """Nothing is opened."""
+
+
+def leaderless(host: object) -> Swarm:
+    raise HostError("the Swarm has no leader", host="host1")
+
+
+def test_managers_that_miss_a_silent_docker_are_no_obstacle_to_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {**members("host1"), "host2": make_facts("host2", engine="", units={"docker": ("inactive", "enabled")})}
+    monkeypatch.setattr(bootstrap, "gather_all", lambda fleet, strict: facts)
+    monkeypatch.setattr(swarm_work, "view", leaderless)
+    fleet = Fleet()
+    monkeypatch.setattr(Fleet, "__getitem__", lambda self, name: Opening())
+    assert bootstrap.observe(fleet).swarm is None  # type: ignore[arg-type]
+    with pytest.raises(bootstrap.NoManager, match="Docker does not answer on host2; run: fab bootstrap"):
+        bootstrap.observe(fleet, strict=False)  # type: ignore[arg-type]
+    facts["host2"] = members("host1")["host2"]
+    with pytest.raises(bootstrap.NoManager, match="bring the missing ones back"):
+        bootstrap.observe(fleet)  # type: ignore[arg-type]
+
+
 def test_a_manager_that_stays_one_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     view(monkeypatch)
     found = bootstrap._swarm(Fleet("wmm"), members("host1", "host2", "host3"))  # type: ignore[arg-type]

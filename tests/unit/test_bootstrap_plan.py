@@ -584,6 +584,22 @@ def test_a_host_whose_docker_is_silent_hides_the_rest_of_the_plan() -> None:
     assert not plan.is_done
 
 
+@pytest.mark.parametrize("stopped", [("host2", "host3"), ("host1", "host3"), ("host1", "host2", "host3")])
+@pytest.mark.parametrize("encryption", ["ipsec", "wireguard"])
+def test_managers_whose_docker_is_stopped_are_started_also_when_no_majority_is_left(
+    encryption: str, stopped: tuple[str, ...]
+) -> None:
+    world = clustered(encryption=encryption)
+    for name in stopped:
+        stop_docker(world, world.machines[name])
+    plan = decide(world)[1]
+    assert [(step.action, step.host) for step in plan.steps] == [(Action.START, name) for name in stopped]
+    assert plan.is_partial
+    run(world)
+    assert decide(world)[1].is_done
+    assert len(world.clouds) == 1
+
+
 def test_docker_is_started_also_where_something_else_has_to_be_installed() -> None:
     world = fresh()
     stop_docker(world, world.machines["host2"])
