@@ -24,7 +24,9 @@ from swarmmail.mail import services
 from swarmmail.mail.services import Seen
 from swarmmail.model import content
 from swarmmail.model import stack as model
+from swarmmail.model.bootstrap import silent
 from swarmmail.model.errors import Deadline, HostError, InputError, Refused, Unreachable
+from swarmmail.model.inventory import Inventory
 from swarmmail.model.placement import LIVE, Place, place
 from swarmmail.model.stack import Filling, Service, StackFile
 from swarmmail.model.swarm import PLACED
@@ -80,7 +82,7 @@ def run(fleet: Fleet) -> bool:
         Refused: the wanted state contradicts where data is, or a port is taken.
         SwarmmailError: a step failed, or a task does not run what was asked.
     """
-    stack = model.read(fleet.inventory)
+    stack = check(fleet.inventory)
     plan = decide(fleet, stack)
     for note in plan.notes:
         report.progress(note)
@@ -91,6 +93,13 @@ def run(fleet: Fleet) -> bool:
     with lock.held(plan.seen.manager, "deploy", swarm=True):
         apply(fleet, stack, plan)
     return True
+
+
+def check(inventory: Inventory) -> StackFile:
+    """The stack file, and all that can be judged of it without a host. Raises InputError."""
+    stack = model.read(inventory)
+    _secrets(inventory, stack)
+    return stack
 
 
 def show(plan: Plan) -> None:
@@ -107,6 +116,8 @@ def decide(fleet: Fleet, stack: StackFile, built: Mapping[str, images.ImageInfo]
     seen = services.observe(fleet)
     if inventory.network.name not in seen.swarm.networks:
         raise Refused(f"there is no overlay {inventory.network.name}", step="deploy", hint="run: fab bootstrap")
+    for name in silent(seen.observed.hosts):
+        raise HostError("Docker does not answer", host=name, step="deploy", hint="run: fab bootstrap")
     notes = _silent_hosts(inventory.stack.placement, seen)
     unlabelled = [name for name in inventory.hosts if seen.swarm.node_of(name) is None]
     if unlabelled:
@@ -136,7 +147,7 @@ def decide(fleet: Fleet, stack: StackFile, built: Mapping[str, images.ImageInfo]
         service for service in stack.services.values() if service.build is not None and service.image not in known
     )
     commands = {name: _command(service, known.get(service.image), seen) for name, service in stack.services.items()}
-    files, secrets, configs = _files(fleet, stack)
+    files, secrets, configs = _files(inventory, stack)
     filling = Filling(commands, {n: _generation(n, p, seen) for n, p in places.items()}, secrets, configs)
     rendered = model.render(stack, inventory, filling)
     canonical = _canonical(fleet, stack, seen, rendered)
@@ -274,19 +285,13 @@ def _command(service: Service, image: images.ImageInfo | None, seen: Seen) -> tu
     return (*entrypoint, *(service.command if service.command is not None else inherited))
 
 
-def _files(fleet: Fleet, stack: StackFile) -> tuple[dict[tuple[str, str], bytes], dict[str, str], dict[str, str]]:
+def _files(
+    inventory: Inventory, stack: StackFile
+) -> tuple[dict[tuple[str, str], bytes], dict[str, str], dict[str, str]]:
     """Configs and secrets: contents, and the names by content of those that the stack file uses."""
     files: dict[tuple[str, str], bytes] = {}
     secrets: dict[str, str] = {}
-    used = stack.document.value.get("secrets") or {}
-    tls = fleet.inventory.stack.tls if fleet.inventory.stack is not None else None
-    for name, which in model.SECRETS.items():
-        if name not in used:
-            continue
-        if tls is None:
-            raise InputError([f"{fleet.inventory.path}: stack.tls: missing; {stack.path} uses the secret {name}"])
-        _check_pair(fleet, tls)
-        data = getattr(tls, which).read_bytes()
+    for name, data in _secrets(inventory, stack).items():
         secrets[name] = f"{stack.name}_{name}_{content.digest(data)}"
         files[("secret", secrets[name])] = data
     fence = f"{stack.name}_fence_{content.digest(_FENCE)}"
@@ -294,14 +299,25 @@ def _files(fleet: Fleet, stack: StackFile) -> tuple[dict[tuple[str, str], bytes]
     return files, secrets, {model.FENCE: fence}
 
 
-def _check_pair(fleet: Fleet, tls: Any) -> None:
+def _secrets(inventory: Inventory, stack: StackFile) -> dict[str, bytes]:
+    """The secrets that the stack file uses, from the files that the inventory names."""
+    used = [name for name in model.SECRETS if name in (stack.document.value.get("secrets") or {})]
+    tls = inventory.stack.tls if inventory.stack is not None else None
+    if used and tls is None:
+        raise InputError([f"{inventory.path}: stack.tls: missing; {stack.path} uses the secret {used[0]}"])
+    if used:
+        _check_pair(inventory, tls)
+    return {name: getattr(tls, model.SECRETS[name]).read_bytes() for name in used}
+
+
+def _check_pair(inventory: Inventory, tls: Any) -> None:
     """Postfix and Dovecot would start with a certificate that is not the key's, and refuse every client."""
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, password=lambda: "")
     except (ssl.SSLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or str(error)
         raise InputError(
-            [f"{fleet.inventory.path}: stack.tls: {tls.certificate.name} and {tls.key.name} are no pair: {reason}"]
+            [f"{inventory.path}: stack.tls: {tls.certificate.name} and {tls.key.name} are no pair: {reason}"]
         ) from None
 
 
