@@ -94,10 +94,14 @@ def design(inventory: Inventory, observed: Observed, files: Mapping[str, str]) -
     settings = inventory.network
     chosen = [IPv4Network(subnet) for subnet in (settings.subnet, settings.tunnel_subnet) if subnet != "auto"]
     block = net.free_block(used + chosen)
+    other = "choose another, or write network.{}: auto"
     if settings.subnet != "auto" and overlay is None:
-        _is_free("subnet", IPv4Network(settings.subnet), hosts, inventory, [])
+        wanted = IPv4Network(settings.subnet)
+        _is_free(f"network.subnet {wanted}", wanted, hosts, inventory, [], other.format("subnet"))
     if settings.tunnel_subnet != "auto" and encryption == "wireguard":
-        _is_free("tunnel_subnet", IPv4Network(settings.tunnel_subnet), hosts, inventory, own)
+        wanted = IPv4Network(settings.tunnel_subnet)
+        _is_free(f"network.tunnel_subnet {wanted}", wanted, hosts, inventory, own, other.format("tunnel_subnet"))
+    _newcomers_fit(inventory, observed, encryption, own)
     mesh = None
     if encryption == "wireguard":
         nodes = observed.swarm.nodes.values() if observed.swarm else ()
@@ -108,17 +112,52 @@ def design(inventory: Inventory, observed: Observed, files: Mapping[str, str]) -
 
 
 def _is_free(
-    key: str, wanted: IPv4Network, hosts: Mapping[str, HostFacts], inventory: Inventory, own: list[IPv4Network]
+    what: str,
+    wanted: IPv4Network,
+    hosts: Mapping[str, HostFacts],
+    inventory: Inventory,
+    own: list[IPv4Network],
+    hint: str,
 ) -> None:
     for name, facts in hosts.items():
         for used in net.taken([facts], inventory):
             if wanted.overlaps(used) and not any(used.subnet_of(network) for network in own):
                 raise Refused(
-                    f"network.{key} {wanted} overlaps {used}, which this host uses",
-                    host=name,
-                    step="choose subnets",
-                    hint=f"choose another, or write {key}: auto",
+                    f"{what} overlaps {used}, which this host uses", host=name, step="choose subnets", hint=hint
                 )
+
+
+def _newcomers_fit(inventory: Inventory, observed: Observed, encryption: str, own: list[IPv4Network]) -> None:
+    """The subnets that are there were chosen by the hosts of that time: a host that comes later may use them for
+    something else, and would lose the way there, or to the mail."""
+    if observed.swarm is not None:
+        overlay = observed.swarm.networks.get(inventory.network.name)
+        stopped = silent(observed.hosts)  # a member, maybe
+        joining = {n: f for n, f in observed.hosts.items() if n not in stopped and f.node not in observed.swarm.nodes}
+        if overlay is not None and overlay.subnet:
+            _is_free(
+                f"the overlay's subnet {overlay.subnet}",
+                IPv4Network(overlay.subnet),
+                joining,
+                inventory,
+                own,
+                "give that up on the host; or remove the stack, docker network rm "
+                f"{overlay.name}, and run bootstrap and deploy again: volumes stay",
+            )
+    bare = {
+        name: facts
+        for name, facts in observed.hosts.items()
+        if not (facts.mesh.config or facts.mesh.address or facts.mesh.public_key or facts.mesh.guarded)
+    }
+    if encryption == "wireguard" and own and bare:
+        _is_free(
+            f"the tunnel's subnet {own[0]}",
+            own[0],
+            bare,
+            inventory,
+            [],
+            "give that up on the host: the tunnel's subnet can't be changed in place",
+        )
 
 
 def plan(design: Design) -> Plan:

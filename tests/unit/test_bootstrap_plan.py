@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from ipaddress import IPv4Network
 from typing import Any
 
 import pytest
@@ -642,6 +643,48 @@ def test_a_derivative_of_debian_is_installed_on() -> None:
     facts = make_facts("host1", os="linuxmint", os_like=("ubuntu", "debian"), programs=frozenset(), engine="")
     plan = model.plan(model.design(inventory, model.Observed({"host1": facts}), {}))
     assert plan.of(Action.INSTALL)[0].argument == "docker.io"
+
+
+@pytest.mark.parametrize("docker", [True, False])
+@pytest.mark.parametrize(
+    ("encryption", "uses", "words"),
+    [
+        (
+            "ipsec",
+            {"routes": (IPv4Network("10.90.1.0/25"),)},
+            r"the overlay's subnet 10\.90\.1\.0/24 overlaps 10\.90\.1",
+        ),
+        ("ipsec", {"resolvers": ("10.90.1.53",)}, r"the overlay's subnet 10\.90\.1\.0/24 overlaps 10\.90\.1\.53/32"),
+        ("ipsec", {"routes": (IPv4Network("10.90.0.0/24"),)}, None),
+        ("wireguard", {"routes": (IPv4Network("10.90.0.128/25"),)}, r"the tunnel's subnet 10\.90\.0\.0/24 overlaps"),
+        ("wireguard", {"resolvers": ("10.90.0.1",)}, r"the tunnel's subnet 10\.90\.0\.0/24 overlaps 10\.90\.0\.1/32"),
+        ("wireguard", {"routes": (IPv4Network("10.91.0.0/16"),)}, None),
+    ],
+)
+def test_a_host_that_comes_later_must_not_use_the_subnets_that_are_there(
+    docker: bool, encryption: str, uses: dict[str, Any], words: str | None
+) -> None:
+    world = clustered("mmw", encryption=encryption)
+    reinstall(world, world.machines["host3"])
+    world.settle()
+    observed = world.observe()
+    new = replace(make_facts("host3", esp=True, **uses), engine="26.1.5" if docker else "")
+    if not docker:
+        new = replace(new, programs=frozenset())
+    seen = replace(observed, hosts={**observed.hosts, "host3": new})
+    if words is None:
+        assert not model.plan(model.design(world.inventory, seen, {})).is_done
+        return
+    with pytest.raises(Refused, match=rf"host3, choose subnets: {words}.* -> give that up on the host"):
+        model.design(world.inventory, seen, {})
+
+
+def test_a_member_may_route_by_the_subnets_that_are_there() -> None:
+    world = clustered("mmw", encryption="wireguard")
+    observed = world.observe()
+    old = replace(observed.hosts["host3"], routes=(IPv4Network("10.90.1.0/24"),))
+    seen = replace(observed, hosts={**observed.hosts, "host3": old})
+    model.design(world.inventory, seen, {})
 
 
 def test_a_swarm_of_somebody_else_is_refused() -> None:
