@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -72,7 +72,12 @@ def _refresh(fleet: Fleet, before: Observed) -> Observed:
     return Observed(facts, _swarm(fleet, facts))
 
 
-def _swarm(fleet: Fleet, facts: dict[str, HostFacts]) -> Swarm | None:
+def look_again(fleet: Fleet, before: Observed) -> Observed:
+    """The Swarm anew, as a manager sees it; the hosts' own facts as they were."""
+    return Observed(before.hosts, _swarm(fleet, before.hosts))
+
+
+def _swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
     candidates = [n for n in fleet.inventory.hosts if facts[n].swarm == "active" and facts[n].is_manager]
     chosen = model.managers(fleet.inventory)
     candidates.sort(key=lambda name: name not in chosen)  # one that is to be demoted could not see that end

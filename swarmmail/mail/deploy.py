@@ -18,13 +18,13 @@ import docker.errors
 from ruamel.yaml import YAML
 
 from swarmmail import report
-from swarmmail.cluster import images, lock, swarm
+from swarmmail.cluster import bootstrap, images, lock, swarm
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail import services
 from swarmmail.mail.services import Seen
 from swarmmail.model import content
 from swarmmail.model import stack as model
-from swarmmail.model.bootstrap import silent
+from swarmmail.model.bootstrap import Observed, silent
 from swarmmail.model.errors import Deadline, HostError, InputError, Refused, Unreachable
 from swarmmail.model.inventory import Inventory
 from swarmmail.model.placement import LIVE, Place, place
@@ -109,11 +109,20 @@ def show(plan: Plan) -> None:
             report.result(f"    {line}")
 
 
-def decide(fleet: Fleet, stack: StackFile, built: Mapping[str, images.ImageInfo] | None = None) -> Plan:
-    """Observe and compare. ``built``: images that were just built, by tag."""
+def decide(
+    fleet: Fleet,
+    stack: StackFile,
+    built: Mapping[str, images.ImageInfo] | None = None,
+    before: Observed | None = None,
+) -> Plan:
+    """Observe and compare. ``built``: images that were just built, by tag. ``before``: what was observed a moment ago,
+    when nothing was changed since but images; then only the Swarm is read anew."""
     inventory = fleet.inventory
     assert inventory.stack is not None
-    seen = services.observe(fleet)
+    if before is None:
+        for name in set(inventory.stack.placement.values()):
+            fleet[name].open_docker()  # asked for images below
+    seen = services.observe(fleet, bootstrap.look_again(fleet, before) if before is not None else None)
     if inventory.network.name not in seen.swarm.networks:
         raise Refused(f"there is no overlay {inventory.network.name}", step="deploy", hint="run: fab bootstrap")
     for name in silent(seen.observed.hosts):
@@ -360,7 +369,7 @@ def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
         where = images.builder(fleet, fleet.inventory.stack.build)
         built = {service.image: images.build(where, _folder(service), service.image) for service in plan.build}
         images.ship(fleet, where, {stack.services[name].image: hosts for name, hosts in plan.ship.items()})
-        plan = decide(fleet, stack, built)  # only now it is known what the images run
+        plan = decide(fleet, stack, built, plan.seen.observed)  # only now it is known what the images run
     for name, where_to in plan.places.items():
         if where_to.new:
             _make_volumes(fleet, stack, stack.services[name], where_to, plan.seen)

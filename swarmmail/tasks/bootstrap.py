@@ -33,14 +33,15 @@ def plan(c: Any, inventory: str | None = None) -> None:
     """Show what `bootstrap deploy` would do. Changes nothing. Exit status 0: nothing to do, 2: changes."""
     hosts = fleet(c, inventory)
     file = deploy.check(hosts.inventory) if hosts.inventory.stack is not None else None
-    todo = cluster.decide(hosts.inventory, cluster.observe(hosts))[1]
+    observed = cluster.observe(hosts)
+    todo = cluster.decide(hosts.inventory, observed)[1]
     cluster.show(todo)
     if todo.steps:
         if file is not None:
             report.result(f"then: deploy stack {file.name} ({', '.join(file.services)})")
         status(2)
     if file is not None:
-        found = deploy.decide(hosts, file)
+        found = deploy.decide(hosts, file, before=observed)
         deploy.show(found)
         if not found.is_empty:
             status(2)
