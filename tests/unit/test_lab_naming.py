@@ -2,7 +2,7 @@ from ipaddress import IPv4Network
 from itertools import islice
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmmail.lab.naming import MAX_BARE, MAX_HOSTS, Naming, addresses, planned, routes
@@ -28,11 +28,13 @@ def test_the_same_folder_by_another_path_is_the_same_lab(tmp_path: Path) -> None
     assert Naming.of(tmp_path / "link") == Naming.of(tmp_path / "one" / ".." / "one")
 
 
+@settings(deadline=None)
 @given(st.text("0123456789abcdef", min_size=8, max_size=8))
 def test_bridge_name_fits_into_a_device_name(id: str) -> None:
     assert len(Naming(id).bridge) <= 15
 
 
+@settings(deadline=None)
 @given(st.text("0123456789abcdef", min_size=8, max_size=8), st.integers(0, 511))
 def test_a_taken_subnet_is_passed_over(id: str, steps: int) -> None:
     naming = Naming(id)
