@@ -101,7 +101,8 @@ class Host:
         self._sessions = threading.BoundedSemaphore(SESSIONS_FOR_COMMANDS)
         self._connection: fabric.Connection | None = None
         self._failed: tuple[float, Unreachable] | None = None
-        self._sudo: tuple[str, bytes] | None = None
+        self._sudo_asking = threading.Lock()
+        self._sudo: tuple[str, bytes] | HostError | None = None
 
     # -- the connection ---------------------------------------------------------------------------------
 
@@ -324,32 +325,38 @@ class Host:
         """
         if self.spec.user == "root":
             return "", b""
-        if self._sudo is None:
-            with self._sessions:
-                free = self._exec("sudo -n true", b"", "sudo", 20)
-            if free.ok:
-                self._sudo = ("sudo -n -- ", b"")
-            elif self._sudo_password is None:
-                raise HostError(
-                    f"user {self.spec.user} needs a password for sudo",
-                    host=self.name,
-                    step="sudo",
-                    hint="run again as: fab --prompt-for-sudo-password ...",
-                )
-            else:
-                words = "sudo -k -S -p '' -- "
-                secret = self._sudo_password.encode() + b"\n"
-                with self._sessions:
-                    tried = self._exec(words + "true", secret, "sudo", 20)
-                if not tried.ok:
-                    raise HostError(
-                        f"sudo did not let user {self.spec.user} become root",
-                        host=self.name,
-                        step="sudo",
-                        hint="check the password, and the user's line in sudoers",
-                    )
-                self._sudo = (words, secret)
-        return self._sudo
+        with self._sudo_asking:  # once: a wrong password that is tried again and again locks the account
+            if self._sudo is None:
+                self._sudo = self._ask_sudo()
+            if isinstance(self._sudo, HostError):
+                raise self._sudo
+            return self._sudo
+
+    def _ask_sudo(self) -> tuple[str, bytes] | HostError:
+        """The words and the password, or why not."""
+        with self._sessions:
+            free = self._exec("sudo -n true", b"", "sudo", 20)
+        if free.ok:
+            return "sudo -n -- ", b""
+        if self._sudo_password is None:
+            return HostError(
+                f"user {self.spec.user} needs a password for sudo",
+                host=self.name,
+                step="sudo",
+                hint="run again as: fab --prompt-for-sudo-password ...",
+            )
+        words = "sudo -k -S -p '' -- "
+        secret = self._sudo_password.encode() + b"\n"
+        with self._sessions:
+            tried = self._exec(words + "true", secret, "sudo", 20)
+        if not tried.ok:
+            return HostError(
+                f"sudo did not let user {self.spec.user} become root",
+                host=self.name,
+                step="sudo",
+                hint="check the password, and the user's line in sudoers",
+            )
+        return words, secret
 
     def write(self, path: str, content: str | bytes, *, mode: str = "0644", step: str = "write file") -> None:
         """Write a file whole or not at all: a new file beside it, then a rename."""

@@ -279,6 +279,19 @@ def test_a_wrong_password_is_not_repeated_in_the_error(server: Server, connect: 
     assert "wrong one" not in "".join(server.commands)
 
 
+def test_a_wrong_password_is_tried_once_only(server: Server, connect: Connect) -> None:
+    """Accounts are locked after a few (pam_faillock)."""
+    sudo(server)
+    host = connect("wrong one", user="admin")
+    host.open_docker()
+    for _ in range(2):
+        with pytest.raises(HostError, match="sudo did not let user admin become root"):
+            host.run("true")
+    with pytest.raises(HostError), host.doing("look"):
+        host.docker.version()
+    assert [command for command in server.commands if " -S " in command] == ["sudo -k -S -p '' -- true"]
+
+
 def test_sudo_that_needs_a_password_which_nobody_gave(server: Server, connect: Connect) -> None:
     sudo(server)
     with pytest.raises(HostError, match=r"needs a password for sudo -> run again as: .*--prompt-for-sudo-password"):
