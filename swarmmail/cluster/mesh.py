@@ -63,9 +63,10 @@ wg pubkey <{KEY_FILE}
 # A running tunnel is changed in place (wg syncconf, wg(8)): sessions of peers that stay are not cut. syncconf
 # without a PrivateKey would take the key away, so it is put back in, by files and pipes only.
 # The configuration takes its place last of all, or while the tunnel is down: should this be killed, the next run sees
-# the old one, or none at work, and does it again.
+# the old one, or none at work, and does it again. One at a time: what a killed run has begun here goes on for a moment.
 _ACTIVATE = f"""
 set -e; umask 077
+exec 9>/run/{MESH}.lock; flock -w 40 9
 rm -rf {NEW}; tar -xf - -C / --no-same-owner
 known=$(systemctl show -p FragmentPath --value swarmmail-guard.service)
 stale=$(systemctl show -p NeedDaemonReload --value docker.service swarmmail-guard.service | grep yes || true)

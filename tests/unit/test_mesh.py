@@ -270,6 +270,7 @@ def test_a_configuration_takes_its_place_only_when_it_is_in_force_or_the_tunnel_
     assert running.index("wg syncconf") < running.index("ip link set") < running.index(place)
     assert down.index("ip link del") < down.index(place) < down.index("systemctl start")
     assert work._ACTIVATE.count(work.CONFIG_FILE) == 2
+    assert running.index("flock") < running.index("tar ")  # a killed run's script may still be at work
 
 
 def test_a_key_is_made_on_the_host_and_only_its_public_half_comes_back() -> None:
