@@ -82,13 +82,17 @@ def _swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
     chosen = model.managers(fleet.inventory)
     candidates.sort(key=lambda name: name not in chosen)  # one that is to be demoted could not see that end
     failure: SwarmmailError | None = None
+    silent = model.silent(facts)
+    if silent and candidates and not any(facts[name].cluster for name in candidates):
+        # their Docker has just been asked, and found no leader in 20 s: they miss the silent ones
+        failure = HostError(facts[candidates[0]].swarm_error or "no leader", host=candidates[0])
+        candidates = []
     for name in candidates:
         try:
             return swarm.view(fleet[name])
         except HostError as error:
             failure = error
     if failure is not None:
-        silent = model.silent(facts)
         raise NoManager(
             f"no manager answers for the Swarm ({failure.what})",
             host=failure.host,
