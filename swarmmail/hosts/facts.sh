@@ -29,7 +29,8 @@ if ip xfrm state add src 127.255.255.253 dst 127.255.255.254 proto esp spi 0x0d0
   echo yes; ip xfrm state del src 127.255.255.253 dst 127.255.255.254 proto esp spi 0x0d0c0001 2>/dev/null
 fi
 s mesh-config; cat /etc/wireguard/swarmmail.conf 2>/dev/null
-s mesh-key;    wg show swarmmail public-key 2>/dev/null || { [ -s /etc/wireguard/swarmmail.key ] && wg pubkey </etc/wireguard/swarmmail.key 2>/dev/null; }
+# A tunnel that is just starting has no key yet, and says "(none)".
+s mesh-key;    wg show swarmmail public-key 2>/dev/null | grep -v none || { [ -s /etc/wireguard/swarmmail.key ] && wg pubkey </etc/wireguard/swarmmail.key 2>/dev/null; }
 s mesh-peers;  wg show swarmmail allowed-ips 2>/dev/null
 s mesh-port;   wg show swarmmail listen-port 2>/dev/null
 s mesh-link;   ip -j addr show dev swarmmail 2>/dev/null

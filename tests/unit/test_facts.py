@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
 from ipaddress import IPv4Network
 from pathlib import Path
 
@@ -250,6 +251,18 @@ def test_facts_come_in_one_round_trip() -> None:
     host = Host(TEXT)
     assert gathering.gather(host) == parse("host1", TEXT)  # type: ignore[arg-type]
     assert host.asked == [("sh -s", SCRIPT.read_text())]
+
+
+@pytest.mark.parametrize(
+    ("says", "key"), [("(none)", "of the file"), ("of the link", "of the link"), ("", "of the file")]
+)
+def test_a_tunnel_that_is_just_starting_has_the_key_of_its_file(tmp_path: Path, says: str, key: str) -> None:
+    (tmp_path / "key").write_text("private")
+    line = next(line for line in SCRIPT.read_text().splitlines() if line.startswith("s mesh-key"))
+    other = f"echo '{says}'" if says else "false"
+    fake = f"s() {{ :; }}\nwg() {{ if [ $1 = pubkey ]; then echo of the file; else {other}; fi; }}\n"
+    script = fake + line.replace("/etc/wireguard/swarmmail.key", str(tmp_path / "key"))
+    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout == f"{key}\n"
 
 
 @pytest.mark.parametrize("end", [0, 100, len(TEXT) // 2, TEXT.index("@@end")])
