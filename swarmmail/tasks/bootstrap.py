@@ -9,7 +9,6 @@ from invoke import Collection
 from swarmmail import report
 from swarmmail.cluster import bootstrap as cluster
 from swarmmail.mail import deploy
-from swarmmail.model import stack
 from swarmmail.tasks import verify
 from swarmmail.tasks.door import door, dry, fleet, status
 
@@ -36,15 +35,16 @@ def bootstrap(c: Any, inventory: str | None = None, plan: bool = False, no_verif
 def plan(c: Any, inventory: str | None = None) -> None:
     """Show what `bootstrap deploy` would do. Changes nothing. Exit status 0: nothing to do, 2: changes."""
     hosts = fleet(c, inventory)
-    todo = cluster.decide(hosts.inventory, cluster.observe(hosts))[1]
+    file = deploy.check(hosts.inventory) if hosts.inventory.stack is not None else None
+    observed = cluster.observe(hosts)
+    todo = cluster.decide(hosts.inventory, observed)[1]
     cluster.show(todo)
-    file = stack.read(hosts.inventory) if hosts.inventory.stack is not None else None
     if todo.steps:
         if file is not None:
             report.result(f"then: deploy stack {file.name} ({', '.join(file.services)})")
         status(2)
     if file is not None:
-        found = deploy.decide(hosts, file)
+        found = deploy.decide(hosts, file, before=observed)
         deploy.show(found)
         if not found.is_empty:
             status(2)

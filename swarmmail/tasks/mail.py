@@ -30,7 +30,7 @@ def deploy(
     """
     hosts = fleet(c, inventory)
     if dry(c, plan):
-        found = stack.decide(hosts, model.read(hosts.inventory))
+        found = stack.decide(hosts, stack.check(hosts.inventory))
         stack.show(found)
         if found.is_empty:
             report.result("deploy: nothing to do")

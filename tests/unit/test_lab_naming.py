@@ -28,6 +28,7 @@ def test_the_same_folder_by_another_path_is_the_same_lab(tmp_path: Path) -> None
     assert Naming.of(tmp_path / "link") == Naming.of(tmp_path / "one" / ".." / "one")
 
 
+@settings(deadline=None)
 @given(st.text("0123456789abcdef", min_size=8, max_size=8))
 def test_bridge_name_fits_into_a_device_name(id: str) -> None:
     assert len(Naming(id).bridge) <= 15
