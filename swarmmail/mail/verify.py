@@ -11,19 +11,22 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
 from swarmmail import report
+from swarmmail.hosts.connection import Host
+from swarmmail.hosts.facts import gather_all
 from swarmmail.hosts.fleet import Fleet
-from swarmmail.mail import probe, services
+from swarmmail.mail import probe
 from swarmmail.mail.accounts import Accounts
-from swarmmail.mail.services import Seen
+from swarmmail.model import stack
 from swarmmail.model.errors import HostError, SwarmmailError
+from swarmmail.model.facts import HostFacts
+from swarmmail.model.inventory import Inventory
 from swarmmail.model.network import DATA_PORT, MESH
-from swarmmail.model.stack import ROLE_LABEL
 from swarmmail.wire import capture, judge, verdict
 from swarmmail.wire.capture import Captured
 from swarmmail.wire.judge import Question
@@ -31,6 +34,9 @@ from swarmmail.wire.state import State
 from swarmmail.wire.verdict import End, Evidence, Forgery, Verdict
 
 T = TypeVar("T")
+Hosts = Mapping[str, HostFacts]
+SERVICE = "com.docker.swarm.service.name"
+"""Docker's label on a task's container."""
 PORTS = {"mta": 25, "mda": 24}
 """Where the tasks of a role listen in the overlay: SMTP and LMTP."""
 NOBODY_LISTENS = 9  # the discard service (RFC 863)
@@ -59,6 +65,10 @@ class Plan:
     """Stands in every packet that is in clear on purpose."""
     markers: Mapping[tuple[End, End], str] = field(default_factory=dict)
 
+    def port(self, end: End) -> int | None:
+        """Where a task takes SMTP or LMTP; None when it is of no known role."""
+        return PORTS.get(self.roles.get(end.service, ""))
+
 
 @dataclass(frozen=True)
 class _Spoken:
@@ -72,19 +82,26 @@ class _Spoken:
 
 
 def run(fleet: Fleet, keep: Path | None = None) -> list[Verdict]:
-    """Verify all pairs of tasks. Empty when no two tasks are on the network.
+    """Verify all pairs of tasks; a host that does not answer is unknown. Empty when no two tasks are on the network.
 
     Args:
         keep: a folder for the packets that hold a marker in clear: the control, forgeries, and a leak if there is one.
 
     Raises:
-        Refused: there is no Swarm or no overlay.
         HostError: a host lacks tcpdump or python3.
     """
-    seen = services.observe(fleet)
+    found = _once(fleet, keep)
+    if any(cause.name == "capture-dropped" for one in found for cause in one.causes):
+        report.progress("verify: once more, since packets were not captured")
+        found = _once(fleet, keep)
+    return found
+
+
+def _once(fleet: Fleet, keep: Path | None) -> list[Verdict]:
+    seen = gather_all(fleet, strict=False)
     plan = _plan(fleet, seen)
     if not plan.pairs:
-        return []
+        return _silent(seen)
     hosts = sorted({end.host for end in plan.ends})
     report.progress(f"verify: {len(plan.pairs)} pairs, capture on {', '.join(hosts)}")
     words = _filter(fleet, seen, plan)
@@ -94,83 +111,111 @@ def run(fleet: Fleet, keep: Path | None = None) -> list[Verdict]:
         spoken = _together(lambda pair: _speak(fleet, seen, plan, begun, *pair), plan.pairs)
     finally:
         captured = fleet.each(lambda host: capture.stop(host, begun[host.name]), hosts)
-    letters = {pair: _letter(fleet, seen, *pair) for pair in plan.pairs if _is_delivery(plan, *pair)}
+    letters: dict[tuple[End, End], str] = {}
+    for pair in plan.pairs:
+        if _is_delivery(plan, *pair) and spoken[pair].arrived:
+            try:
+                letters[pair] = _letter(fleet, *pair)
+            except SwarmmailError as error:
+                failed = (*spoken[pair].failed, f"no large message was sent: {error}")
+                spoken[pair] = replace(spoken[pair], failed=failed)
     evidence = [
         _evidence(fleet, seen, plan, begun, captured, pair, spoken[pair], letters.get(pair, "")) for pair in plan.pairs
     ]
     if keep is not None:
         _keep(keep, plan, captured)
-    return [verdict.judge(one) for one in evidence]
+    return [*(verdict.judge(one) for one in evidence), *_silent(seen)]
 
 
 # ---- who ----
 
 
-def _plan(fleet: Fleet, seen: Seen) -> Plan:
-    network = seen.swarm.networks.get(fleet.inventory.network.name)
-    if network is None:
-        raise SwarmmailError(
-            f"there is no overlay {fleet.inventory.network.name}", step="verify", hint="run: fab bootstrap"
-        )
-    with seen.manager.doing("read the overlay"):
-        options = seen.manager.docker.inspect_network(network.id).get("Options") or {}
-        tasks = seen.manager.docker.tasks(filters={"desired-state": "running"})
-        names = {raw["ID"]: raw["Spec"]["Name"] for raw in seen.manager.docker.services()}
-    names |= {raw["ID"]: name for name, raw in seen.services.items()}
-    roles = {name: (raw["Spec"].get("Labels") or {}).get(ROLE_LABEL, "") for name, raw in seen.services.items()}
-    found = []
-    for task in tasks:
-        attached = [a for a in task.get("NetworksAttachments") or () if a["Network"]["ID"] == network.id]
-        container = (task["Status"].get("ContainerStatus") or {}).get("ContainerID")
-        host = seen.host_of(task)
-        if task["Status"]["State"] == "running" and attached and container and host in fleet.inventory.hosts:
-            found.append((host, names.get(task.get("ServiceID", ""), ""), container))
-    ends = _together(lambda one: _end(fleet, seen, network.name, *one), found)
-    chosen = sorted(ends.values(), key=lambda end: (roles.get(end.service, "") != "mta", end.service, end.host))
-    pairs = tuple((a, b) for a in chosen for b in chosen if a is not b)
-    encrypted = network.encrypted
-    meshed = any(facts.mesh.config for facts in seen.observed.hosts.values())
+def _plan(fleet: Fleet, hosts: Mapping[str, HostFacts]) -> Plan:
+    """Who is on the network, by each host's own Docker: of a broken network the managers know old things."""
+    inventory = fleet.inventory
+    found = fleet.each(lambda host: _on(host, hosts[host.name], inventory), [n for n, f in hosts.items() if f.engine])
+    network: Mapping[str, Any] = next((one.network for one in found.values() if one.network), {})
+    roles = _roles(inventory)
+    ends = [end for one in found.values() for end in one.ends]
+    ends.sort(key=lambda end: (roles.get(end.service, "") != "mta", end.service, end.host))
+    pairs = tuple((a, b) for a in ends for b in ends if a is not b)
+    options = network.get("Options") or {}
+    pools = (network.get("IPAM") or {}).get("Config") or [{}]
+    meshed = any(facts.mesh.config for facts in hosts.values())
     return Plan(
-        ends=tuple(chosen),
+        ends=tuple(ends),
         pairs=pairs,
-        backend="ipsec" if encrypted else "wireguard" if meshed else "none",
+        backend="ipsec" if "encrypted" in options else "wireguard" if meshed else "none",
         vni=int(str(options.get("com.docker.network.driver.overlay.vxlanid_list", "0")).split(",")[0]),
-        overlay=network.id,
-        subnet=network.subnet,
+        overlay=str(network.get("Id", "")),
+        subnet=pools[0].get("Subnet", ""),
         roles=roles,
         markers={pair: secrets.token_hex(32) for pair in pairs},
     )
 
 
-def _end(fleet: Fleet, seen: Seen, network: str, host: str, service: str, container: str) -> End:
-    with fleet[host].doing(f"look at {service}"):
-        raw = fleet[host].docker.inspect_container(container)
-    attached = raw["NetworkSettings"]["Networks"][network]
-    node = seen.swarm.node_of(host)
-    return End(
-        host=host,
-        service=service,
-        address=attached["IPAddress"],
-        mac=attached["MacAddress"].lower(),
-        process=raw["State"]["Pid"],
-        data_path=node.address if node is not None else "",
-    )
+@dataclass(frozen=True)
+class _Found:
+    """What a host's Docker says: its tasks on the network, and the network, if there are any."""
+
+    ends: tuple[End, ...] = ()
+    network: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _on(host: Host, facts: HostFacts, inventory: Inventory) -> _Found:
+    name = inventory.network.name
+    prefix = f"{inventory.stack.name}_" if inventory.stack is not None else ""
+    ends = []
+    network: Mapping[str, Any] = {}
+    with host.doing("look for tasks on the network"):
+        for container in host.docker.containers(filters={"label": SERVICE}):
+            raw = host.docker.inspect_container(container["Id"])
+            attached = raw["NetworkSettings"]["Networks"].get(name)
+            if attached is None or not raw["State"]["Running"]:
+                continue
+            ends.append(
+                End(
+                    host=host.name,
+                    service=raw["Config"]["Labels"][SERVICE].removeprefix(prefix),
+                    address=attached["IPAddress"],
+                    mac=attached["MacAddress"].lower(),
+                    process=raw["State"]["Pid"],
+                    data_path=facts.node_address,
+                )
+            )
+            network = network or host.docker.inspect_network(attached["NetworkID"])
+    return _Found(tuple(ends), network)
+
+
+def _roles(inventory: Inventory) -> dict[str, str]:
+    if inventory.stack is None:
+        return {}
+    return {name: service.role for name, service in stack.read(inventory).services.items()}
+
+
+def _silent(hosts: Mapping[str, HostFacts]) -> list[Verdict]:
+    """Hosts of which nothing can be said."""
+    return [
+        Verdict(name, verdict.UNKNOWN, (verdict.Cause("away", verdict.UNKNOWN, f"{name}: {why}"),), ())
+        for name, facts in hosts.items()
+        if (why := facts.unreachable or ("" if facts.engine else "Docker does not answer"))
+    ]
 
 
 def _is_delivery(plan: Plan, sender: End, receiver: End) -> bool:
     return (plan.roles.get(sender.service), plan.roles.get(receiver.service)) == ("mta", "mda")
 
 
-def _addresses(fleet: Fleet, seen: Seen, host: str) -> frozenset[str]:
+def _addresses(fleet: Fleet, seen: Hosts, host: str) -> frozenset[str]:
     """By which the host is seen on the underlay."""
-    links = seen.observed.hosts[host].addresses
+    links = seen[host].addresses
     own = {
         a for link, all_ in links.items() if link not in (MESH, "lo") and not link.startswith("docker") for a in all_
     }
     return frozenset(own | {fleet.inventory.hosts[host].advertise})
 
 
-def _filter(fleet: Fleet, seen: Seen, plan: Plan) -> str:
+def _filter(fleet: Fleet, seen: Hosts, plan: Plan) -> str:
     """What is captured: all between the hosts, and what belongs to the network wherever it goes; but no SSH."""
     hosts = {address for end in plan.ends for address in _addresses(fleet, seen, end.host)}
     hosts |= {end.data_path for end in plan.ends}
@@ -189,10 +234,10 @@ def _filter(fleet: Fleet, seen: Seen, plan: Plan) -> str:
 # ---- what is sent ----
 
 
-def _speak(fleet: Fleet, seen: Seen, plan: Plan, begun: Mapping[str, State], sender: End, receiver: End) -> _Spoken:
+def _speak(fleet: Fleet, seen: Hosts, plan: Plan, begun: Mapping[str, State], sender: End, receiver: End) -> _Spoken:
     marker = plan.markers[sender, receiver]
     jobs: list[dict[str, Any]] = []
-    port = PORTS.get(plan.roles.get(receiver.service, ""))
+    port = plan.port(receiver)
     if port is not None:
         jobs.append({"do": "speak", "address": receiver.address, "port": port, "marker": marker, "times": TIMES})
     jobs.append({"do": "say", "address": receiver.address, "port": NOBODY_LISTENS, "payload": marker, "times": 3})
@@ -215,7 +260,7 @@ def _speak(fleet: Fleet, seen: Seen, plan: Plan, begun: Mapping[str, State], sen
 
 
 def _control(
-    fleet: Fleet, seen: Seen, plan: Plan, begun: Mapping[str, State], sender: End, receiver: End
+    fleet: Fleet, seen: Hosts, plan: Plan, begun: Mapping[str, State], sender: End, receiver: End
 ) -> list[dict[str, Any]]:
     """The marker in clear, by the way that the encrypted packets take."""
     payload = f"{plan.nonce} {plan.markers[sender, receiver]}"
@@ -245,7 +290,7 @@ def _underlay_of(fleet: Fleet, state: State, receiver: End) -> tuple[str, int]:
 
 
 def _forge(
-    fleet: Fleet, seen: Seen, plan: Plan, begun: Mapping[str, State], sender: End, receiver: End
+    fleet: Fleet, seen: Hosts, plan: Plan, begun: Mapping[str, State], sender: End, receiver: End
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Packets for the receiving task, made beside Docker: as a stranger on the network would.
 
@@ -281,13 +326,12 @@ def _forge(
     return [{"do": "forge", "via": there, "port": DATA_PORT, "packets": packets}], tokens
 
 
-def _letter(fleet: Fleet, seen: Seen, sender: End, receiver: End) -> str:
+def _letter(fleet: Fleet, sender: End, receiver: End) -> str:
     """A large message by LMTP, over the network: what only fails for large packets fails here."""
     recipient = probe.address(fleet.inventory)
     if recipient is None:
         return ""
-    accounts = Accounts(fleet, seen)
-    with accounts.temporary(recipient):
+    with Accounts(fleet).temporary(recipient):
         job = {
             "do": "letter",
             "address": receiver.address,
@@ -305,7 +349,7 @@ def _letter(fleet: Fleet, seen: Seen, sender: End, receiver: End) -> str:
 
 def _evidence(
     fleet: Fleet,
-    seen: Seen,
+    seen: Hosts,
     plan: Plan,
     begun: Mapping[str, State],
     captured: Mapping[str, Captured],
@@ -317,13 +361,14 @@ def _evidence(
     marker = plan.markers[pair].encode()
     inside = captured[receiver.host].inside.get(receiver.process, b"")
     whole = captured[receiver.host].underlay
-    tunnels = [facts.mtus[MESH] for facts in seen.observed.hosts.values() if MESH in facts.mtus]
+    tunnels = [facts.mtus[MESH] for facts in seen.values() if MESH in facts.mtus]
     return Evidence(
         sender=sender,
         receiver=receiver,
         backend=plan.backend,  # type: ignore[arg-type]
         vni=plan.vni,
-        arrived=spoken.arrived or marker in inside,
+        arrived=spoken.arrived if plan.port(receiver) else marker in inside,
+        datagrams=marker in inside,
         trouble=spoken.trouble,
         at_sender=_look(fleet, seen, plan, begun, captured, pair, sender, receiver),
         at_receiver=_look(fleet, seen, plan, begun, captured, pair, receiver, sender),
@@ -342,7 +387,7 @@ def _evidence(
 
 def _look(
     fleet: Fleet,
-    seen: Seen,
+    seen: Hosts,
     plan: Plan,
     begun: Mapping[str, State],
     captured: Mapping[str, Captured],

@@ -13,8 +13,9 @@ start() {
   set -- underlay "$@"
   for name; do
     enter=; [ "$name" = underlay ] || enter="nsenter -t $name -n"
-    what=$filter; [ "$name" = underlay ] || what=udp
-    setsid timeout "$limit" $enter tcpdump -Z root -i any -y LINUX_SLL2 --immediate-mode -U -n -s 0 -B 16384 -c 300000 \
+    # In immediate mode the kernel gives each packet a slot of the snapshot length: few large ones, or packets are lost.
+    if [ "$name" = underlay ]; then what=$filter; set_by="-s 65535 -B 32768"; else what=udp; set_by="-s 2048 -B 4096"; fi
+    setsid timeout "$limit" $enter tcpdump -Z root -i any -y LINUX_SLL2 --immediate-mode -U -n $set_by -c 300000 \
       -w "$d/$name.pcap" "$what" >/dev/null 2>"$d/$name.log" </dev/null &
     echo $! >>"$d/pids"
   done

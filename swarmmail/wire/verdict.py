@@ -60,6 +60,8 @@ class Evidence:
     vni: int
     arrived: bool
     """The marker was seen inside the receiving task, or its server answered to it."""
+    datagrams: bool = False
+    """Single datagrams arrived, whatever became of the conversation."""
     trouble: str = ""
     """What the speaking end said when the marker did not arrive."""
     at_sender: Seen | None = None
@@ -111,9 +113,10 @@ def judge(e: Evidence) -> Verdict:
     causes = [*_seen(e), *_in_force(e), *_measured(e)]
     if not e.arrived and not any(cause.outcome == BROKEN for cause in causes):
         words = f" ({e.trouble})" if e.trouble else ""
-        causes.insert(
-            0, Cause("black-hole", BROKEN, f"nothing passes from {e.sender.host} to {e.receiver.host}{words}")
-        )
+        text = f"nothing passes from {e.sender.host} to {e.receiver.host}{words}"
+        if e.datagrams:
+            text = f"{e.receiver.service} on {e.receiver.host} does not answer to {e.sender.host}{words}"
+        causes.insert(0, Cause("black-hole", BROKEN, text))
     causes.sort(key=lambda cause: cause.outcome != BROKEN)
     outcome = causes[0].outcome if causes else PROVEN
     pair = f"{e.sender.service}@{e.sender.host} -> {e.receiver.service}@{e.receiver.host}"
