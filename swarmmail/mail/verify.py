@@ -16,6 +16,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tenacity
+
 from swarmmail import report
 from swarmmail.hosts.connection import Host
 from swarmmail.hosts.facts import gather_all
@@ -39,6 +41,8 @@ SERVICE = "com.docker.swarm.service.name"
 """Docker's label on a task's container."""
 PORTS = {"mta": 25, "mda": 24}
 """Where the tasks of a role listen in the overlay: SMTP and LMTP."""
+PATIENCE = 40
+"""Seconds in which a service that was restarted is there again."""
 NOBODY_LISTENS = 9  # the discard service (RFC 863)
 TIMES = 12
 """Lines with the marker in a conversation."""
@@ -95,6 +99,22 @@ def run(fleet: Fleet, keep: Path | None = None) -> list[Verdict]:
         report.progress("verify: once more, since packets were not captured")
         found = _once(fleet, keep)
     return found
+
+
+def run_patiently(fleet: Fleet) -> list[Verdict]:
+    """Verify after a change: services may be starting anew. What was read in clear or forged does not heal."""
+    found: list[Verdict] = tenacity.Retrying(
+        retry=tenacity.retry_if_result(_may_heal),
+        stop=tenacity.stop_after_delay(PATIENCE),
+        wait=tenacity.wait_fixed(2),
+        retry_error_callback=lambda state: state.outcome.result() if state.outcome else [],
+    )(run, fleet)
+    return found
+
+
+def _may_heal(found: Sequence[Verdict]) -> bool:
+    names = {cause.name for one in found for cause in one.causes}
+    return bool(names) and not names & {"clear-text", "clear-vxlan", "forged", "encryption-none"}
 
 
 def _once(fleet: Fleet, keep: Path | None) -> list[Verdict]:

@@ -38,7 +38,10 @@ def at_the_end(hosts: Fleet, left_out: bool) -> None:
     if left_out:
         report.progress("verify: left out: whether the mail network is encrypted is not known")
         return
-    found = proof.run(hosts)
+    if hosts.inventory.network.encryption == "none":
+        report.progress("verify: nothing to prove, the inventory says encryption: none")
+        return
+    found = proof.run_patiently(hosts)
     proof.lines(found)
     if found and not proof.all_proven(found):
         status(1)

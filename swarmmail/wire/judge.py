@@ -560,12 +560,10 @@ class _Court:
         if question.data_port in (source, target) and have >= at + 8 and data[at] & 0x08:  # the I bit: the VNI is valid
             vni = _u32(data, at + 4)[0] >> 8
             frame.trace.append(("vxlan", vni, 0))
-            if question.control in data:
-                pass  # sent in clear on purpose: a control, or a forgery
-            elif vni == question.vni:
-                self.clear.add(frame)
-            else:
+            if vni != question.vni:
                 self.other_vxlan += 1
+            elif question.control not in data:  # else it was forged on purpose
+                self.clear.add(frame)
             if len(where.inside) < _NESTING:
                 return self.ethernet_or_ip(frame, _BRIDGED, data[:have], at + 8, (*where.inside, vni))
             return _PLAIN

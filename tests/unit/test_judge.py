@@ -241,6 +241,12 @@ def test_a_marker_in_clear_is_found_whatever_carries_it(carrier: str) -> None:
     assert found.marker[0].target == THERE[0]
 
 
+def test_vxlan_that_was_forged_on_purpose_is_not_counted() -> None:
+    packets = [IP(src=HERE[0], dst=THERE[0]) / vxlan(VNI, payload) for payload in (NONCE + b" token", b"token")]
+    found = seen(*packets)
+    assert (found.clear_count, found.control, found.marker_count) == (1, 0, 0)
+
+
 def test_vxlan_counts_by_exact_vni_and_valid_flag() -> None:
     pair = {"src": OTHER[0], "dst": "203.0.113.7"}  # between whomever
     packets = [IP(**pair) / vxlan(vni, b"") for vni in (VNI, VNI + 1, VNI - 1, VNI << 8 & 0xFFFFFF, 16, 1)]
