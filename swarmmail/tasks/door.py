@@ -23,6 +23,8 @@ HELP = {
     "inventory": "inventory file, or its name in inventories/ (else SWARMMAIL_INVENTORY, fabric.yml, the only one)",
     "plan": "only show what would be done",
     "json": "one JSON document on standard output",
+    "strict": "exit status 1 when there are warnings",
+    "smtp": "a mail server of somebody's, to try port 25 at",
     "no_probe": "leave the test mail at the end out",
     "address": "mail address of the account",
     "mail": "remove the mailbox too",
