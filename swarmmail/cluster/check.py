@@ -69,7 +69,8 @@ def show(found: list[Finding]) -> None:
     report.table("check", ["", "where", "what", "measured"], [(f.level, f.where, f.what, f.measured) for f in rows])
     for f in rows:
         if f.level in (Level.WARNING, Level.ERROR):
-            (report.error if f.level is Level.ERROR else report.warning)(f"{f.where}, {f.what}: {f.measured}: {f.why}")
+            report.result(f"{f.level}: {f.where}, {f.what}: {f.measured}", good=False)
+            report.result(f"  why: {f.why}")
             report.result(f"  mend{' on ' + f.on if f.on else ''}: {f.mend}")
 
 
@@ -275,6 +276,9 @@ def _transfer(all_: _Round, m: Measured, v6: bool) -> None:
     """1 MB of TCP each way through a throw-away tunnel of the kind that the overlay will use."""
     ends = all_.ends
     names = [name for name in all_.agents if not ends[name].error]
+    if all(check_pair.tunnel_address(m, name) for name in names) and len(names) > 1:
+        _running_tunnel(all_, m, names)
+        return
     why = _no_tunnel(m, names, v6)
     if why or len(names) < 2:
         for name in names:
@@ -336,6 +340,23 @@ def _transfer(all_: _Round, m: Measured, v6: bool) -> None:
         )
         for name, answer in done.items():
             ends[name] = replace(ends[name], transfers={**ends[name].transfers, **answer.get("transfers", {})})
+
+
+def _running_tunnel(all_: _Round, m: Measured, names: list[str]) -> None:
+    """Its port is taken by the tunnel that runs: so the transfer goes through that one."""
+    served = all_.ask_tunnel(lambda name: {"do": "serve", "address": check_pair.tunnel_address(m, name)})
+    for name, answer in served.items():
+        all_.ends[name] = replace(all_.ends[name], serves=answer["port"])
+    done = all_.ask_tunnel(
+        lambda name: {
+            "do": "fetch",
+            "wait": TRANSFER,
+            "peers": {o: (check_pair.tunnel_address(m, o), served[o]["port"]) for o in served if o != name},
+        },
+        TRANSFER + 4,
+    )
+    for name, answer in done.items():
+        all_.ends[name] = replace(all_.ends[name], transfers=answer["transfers"])
 
 
 def _no_tunnel(m: Measured, names: list[str], v6: bool) -> str:

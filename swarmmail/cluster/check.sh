@@ -1,12 +1,12 @@
 # What only `fab check` wants to know of a host, in one round trip. Kernel abilities are tried in a throw-away network
 # namespace: whatever ends this script, the kernel takes them away with it. Sections begin with "@@name".
-export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin
+export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin XTABLES_LOCKFILE=/dev/null
 s() { printf '\n@@%s\n' "$1"; }
 s machine-id; cat /etc/machine-id 2>/dev/null
 s ssh-keys;   cat /etc/ssh/ssh_host_*_key.pub 2>/dev/null | cut -d' ' -f1,2
 s container;  systemd-detect-virt --container 2>/dev/null
-s time;       timedatectl show -p NTP -p NTPSynchronized 2>/dev/null
-              systemctl is-active --quiet systemd-timesyncd chrony chronyd ntp ntpd ntpsec openntpd 2>/dev/null && echo daemon=yes
+s time;       for u in systemd-timesyncd chrony chronyd ntp ntpd ntpsec openntpd; do systemctl is-active --quiet $u 2>/dev/null && echo "daemon=$u"; done
+              [ -e /run/systemd/timesync/synchronized ] && echo synchronized=yes
 s programs;   for p in python3 tcpdump nft ufw firewall-cmd unshare nsenter wg wireguard-go snap podman; do command -v $p; done
 s python;     python3 -I -S -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 s docker-path; readlink -f "$(command -v docker)" 2>/dev/null

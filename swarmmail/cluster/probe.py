@@ -198,7 +198,7 @@ class Tunnel:
         self.daemon: subprocess.Popen[bytes] | None = None
         self.child: Child | None = None
         self.undo: list[str] = []
-        self.moved = False
+        self.moved = self.folder = False
         self.port = 0
 
     def wireguard(self, port: int) -> str:
@@ -206,6 +206,7 @@ class Tunnel:
             run("ip", "link", "add", self.name, "type", "wireguard")
             return self.keyed(port)
         words = ["wireguard-go", "-f", self.name]
+        self.folder = not os.path.exists(os.path.dirname(self.control))
         try:
             self.start("setpriv", "--pdeathsig", "TERM", *words)  # it must not outlive us, even when we are killed
         except FileNotFoundError:
@@ -274,6 +275,9 @@ class Tunnel:
             self.daemon.kill()
             with contextlib.suppress(OSError):
                 os.unlink(self.control)
+            if self.folder:
+                with contextlib.suppress(OSError):  # another tunnel came meanwhile
+                    os.rmdir(os.path.dirname(self.control))
         if not self.moved:
             subprocess.run(["ip", "link", "del", self.name], capture_output=True, check=False)
         for line in self.undo:
@@ -339,17 +343,23 @@ def child() -> None:
                 threading.Thread(target=serve, args=(server,), daemon=True).start()
                 say({})
             else:
-                say({"transfers": transfers(request["peers"], request["wait"])})
+                say(
+                    {
+                        "transfers": transfers(
+                            {n: (inner, PORT) for n, inner in request["peers"].items()}, request["wait"]
+                        )
+                    }
+                )
         except Exception as error:
             say({"error": str(error)})
     os._exit(0)
 
 
-def transfers(peers: dict[str, str], wait: float) -> dict[str, Any]:
+def transfers(peers: dict[str, Any], wait: float) -> dict[str, Any]:
     results: dict[str, Any] = {}
     threads = [
-        threading.Thread(target=transfer, args=(name, inner, wait, results), daemon=True)
-        for name, inner in peers.items()
+        threading.Thread(target=transfer, args=(name, tuple(at), wait, results), daemon=True)
+        for name, at in peers.items()
     ]
     for thread in threads:
         thread.start()
@@ -376,12 +386,12 @@ def serve(server: socket.socket) -> None:
             threading.Thread(target=one, args=(peer,), daemon=True).start()
 
 
-def transfer(name: str, inner: str, wait: float, results: dict[str, Any]) -> None:
+def transfer(name: str, at: tuple[str, int], wait: float, results: dict[str, Any]) -> None:
     began = time.monotonic()
     results[name] = f"no answer within {wait:g} s"
     sent = 0
     try:
-        with socket.create_connection((inner, PORT), timeout=wait) as sock:
+        with socket.create_connection(at, timeout=wait) as sock:
             data = os.urandom(65536)
             while sent < BYTES:
                 sock.settimeout(max(0.05, wait - (time.monotonic() - began)))
@@ -409,6 +419,12 @@ def obey(agent: Agent, request: dict[str, Any]) -> dict[str, Any]:
         agent.tunnel = Tunnel()
         agent.tunnel.vxlan(request["vni"], request["port"], request["peers"], request["states"])
         return {}
+    if what == "serve":  # by a tunnel that runs already
+        server = socket.create_server((request["address"], 0))
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        return {"port": server.getsockname()[1]}
+    if what == "fetch":
+        return {"transfers": transfers(request["peers"], request["wait"])}
     if agent.tunnel is None:
         raise ValueError("no tunnel")
     if what == "up":

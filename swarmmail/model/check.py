@@ -732,7 +732,7 @@ def _kernel(m: Measured, name: str, probe: Probe) -> Findings:
         missing.append(ability)
         yield error(
             name, what, f"does not take {text}: {reason[:90]}", "nothing of the overlay would pass, or in clear text",
-            f"modprobe -a {modules} || {_install('linux-modules-extra-$(uname -r)')}",
+            f"modprobe -a {modules} || {{ {_install('linux-modules-extra-$(uname -r)')}; }}",
         )  # fmt: skip
     if m.encryption == "ipsec" and kernel.get("bpf") and kernel.get("u32") and "not found" not in kernel["bpf"]:
         missing.append("bpf")
@@ -927,8 +927,8 @@ def _clocks(m: Measured) -> Findings:
                 yield ok(name, "clock", text)
     for name, probe in m.probes.items():
         values = probe.values("time")
-        if values.get("daemon") == "yes" or values.get("NTPSynchronized") == "yes":
-            yield ok(name, "time synchronisation", "on" if values.get("NTPSynchronized") == "yes" else "a daemon runs")
+        if values.get("daemon"):
+            yield ok(name, "time synchronisation", values["daemon"])
         elif probe["container"] not in ("", "none"):
             yield note(
                 name,

@@ -39,6 +39,8 @@ class End:
     """Peer to seconds for 1 MB, or what went wrong."""
     untried: str = ""
     """Why there was no transfer."""
+    serves: int = 0
+    """TCP port of the transfer inside the tunnel that runs already; 0: it went by a throw-away one."""
 
 
 # ---- what is sent ----
@@ -244,9 +246,14 @@ def _transfer(m: Measured, where: str, a: str, b: str, ends: Mapping[str, End], 
         if untried or passes(m, a, b, ends):
             yield note(where, "1 MB by a tunnel", f"not tried: {untried or 'no answer'}")
     elif isinstance(result, int | float) and result < SLOW:
-        good.append(f"1 MB by a throw-away tunnel in {result:.2f} s")
+        kind = "the running" if ends[b].serves else "a throw-away"
+        good.append(f"1 MB by {kind} tunnel in {result:.2f} s")
     else:
         text = f"{result:.1f} s" if isinstance(result, int | float) else str(result)
+        packet = _complete(m, a, b, Packet("tcp", ends[b].serves), tunnel=True)
+        if ends[b].serves and (not passes(m, a, b, ends) or m.probes[b].firewall.drops(packet)):
+            yield note(where, "1 MB by a tunnel", text, "follows from what does not pass, or its port is not let in")
+            return
         yield error(
             where, "1 MB by a tunnel", text, "single packets pass, a transfer does not: mail would hang",
             "inventory: network.mtu: 1280, then fab check: if that is it, raise it again", "",
