@@ -141,7 +141,7 @@ class Probe:
         found = []
         for line in self.lines("sockets"):
             words = line.split()
-            if len(words) > 4 and words[4].rpartition(":")[2].isdigit():
+            if len(words) > 4 and words[4].rpartition(":")[2].isdecimal():
                 address, _, port = words[4].rpartition(":")
                 users = re.search(r'\(\("([^"]+)",pid=(\d+)', line)
                 name, pid = (users[1], int(users[2])) if users else ("", 0)
@@ -333,7 +333,7 @@ def _firewalld_deletes(probe: Probe) -> bool:
         return False
     lines = [*probe.lines("firewalld"), "", "", ""]
     backend = next((line for line in lines if line in ("iptables", "nftables")), "nftables")
-    direct = next((int(line) for line in reversed(lines) if line.isdigit()), 0)
+    direct = next((int(line) for line in reversed(lines) if line.isdecimal()), 0)
     return backend == "iptables" or direct > 0 or (engines.version(lines[0]) or (0, 0, 0)) < (2, 0, 0)
 
 
@@ -628,7 +628,7 @@ def _pools(m: Measured, name: str, probe: Probe) -> Findings:
     used = {r: f"resolver {r}" for r in m.facts[name].resolvers}
     used |= {m.address(other): f"{other}'s address {m.address(other)}" for other in m.awake}
     for line in probe.lines("docker-nets"):
-        network_name, *subnets = line.split()
+        network_name, *subnets = line.split() or [""]
         for subnet in subnets:
             for text, label in used.items():
                 try:
@@ -659,8 +659,8 @@ def _api(m: Measured, name: str, probe: Probe) -> Findings:
 
 def _room(m: Measured, name: str, probe: Probe) -> Findings:
     words = probe["disk"].split()
-    if len(words) == 6 and words[0].isdigit():
-        free, size, inodes, all_inodes = (int(word) if word.isdigit() else 0 for word in words[:4])
+    if len(words) == 6 and words[0].isdecimal():
+        free, size, inodes, all_inodes = (int(word) if word.isdecimal() else 0 for word in words[:4])
         text = f"{free / 2**30:.1f} GiB free of {size / 2**30:.0f} at {words[5]} ({words[4]})"
         mend = "docker image prune -af; journalctl --vacuum-size=100M; apt-get clean"
         why = "images and mail have no room; a full disk stops Docker and the queue"
@@ -687,7 +687,7 @@ def _room(m: Measured, name: str, probe: Probe) -> Findings:
                 "a mailbox has a file for each mail",
                 mend,
             )
-    memory = {key: int(value) * 1024 for key, value in probe.values("memory").items() if value.isdigit()}
+    memory = {key: int(value) * 1024 for key, value in probe.values("memory").items() if value.isdecimal()}
     if "MemAvailable" in memory:
         free = memory["MemAvailable"]
         text = f"{free / 2**20:.0f} of {memory.get('MemTotal', 0) / 2**20:.0f} MiB available"

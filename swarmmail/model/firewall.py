@@ -53,7 +53,7 @@ class _Unknown(Exception):
 def _objects(text: str) -> list[dict[str, Any]]:
     try:
         found = json.loads(text)["nftables"]
-        return [item for item in found if isinstance(item, dict)]
+        return [item for item in found if isinstance(item, dict) and all(isinstance(v, dict) for v in item.values())]
     except (ValueError, KeyError, TypeError):
         return []
 
@@ -110,8 +110,8 @@ class Ruleset:
         for rule in self.rules.get(key, []):
             try:
                 verdict = self._rule(rule, packet)
-            except _Unknown:
-                continue
+            except (_Unknown, AttributeError, KeyError, IndexError, TypeError, ValueError):
+                continue  # not understood, or not of the shape that nft writes
             if verdict is None:
                 continue
             kind, target = verdict
@@ -213,18 +213,23 @@ def _text(expressions: list[dict[str, Any]]) -> str:
     """A rule in few words, about as nft writes it."""
     words = []
     for part in expressions:
-        (name, value), *_ = part.items()
-        if name == "match":
-            words.append(
-                f"{_left(value['left'])} {'' if value.get('op') in ('==', 'in') else '!= '}{_right(value['right'])}"
-            )
-        elif name in ("jump", "goto"):
-            words.append(f"{name} {value['target']}")
-        elif name == "xt" and isinstance(value, dict):
-            words.append(str(value.get("name", "xt")))
-        elif name != "counter":
-            words.append(name)
-    return " ".join(words)
+        try:
+            words.append(_word(part))
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+            words.append("?")
+    return " ".join(word for word in words if word)
+
+
+def _word(part: Mapping[str, Any]) -> str:
+    (name, value), *_ = part.items()
+    if name == "match":
+        sign = "" if value.get("op") in ("==", "in") else "!= "
+        return f"{_left(value['left'])} {sign}{_right(value['right'])}"
+    if name in ("jump", "goto"):
+        return f"{name} {value['target']}"
+    if name == "xt" and isinstance(value, dict):
+        return str(value.get("name", "xt"))
+    return "" if name == "counter" else str(name)
 
 
 def _left(left: Mapping[str, Any]) -> str:
