@@ -120,7 +120,12 @@ def test_good_hosts_are_good(encryption: str) -> None:
 
 CASES: list[tuple[str, dict[str, str], str, str]] = [
     ("live-restore", {"daemon_json": '{"live-restore": true}'}, "daemon configuration", "live-restore"),
-    ("a flag of the unit", {"next": "/usr/sbin/dockerd --iptables=false -H fd://"}, "daemon configuration", "flag of the unit"),
+    (
+        "a flag of the unit",
+        {"next": "/usr/sbin/dockerd --iptables=false -H fd://"},
+        "daemon configuration",
+        "flag of the unit",
+    ),
     ("no JSON", {"daemon_json": "{,}"}, "daemon configuration", "no JSON object"),
     ("a list", {"daemon_json": "[]"}, "daemon configuration", "no JSON object"),
     ("nftables backend", {"daemon_json": '{"firewall-backend": "nftables"}'}, "daemon configuration", "nftables"),
@@ -145,11 +150,17 @@ CASES: list[tuple[str, dict[str, str], str, str]] = [
     (
         "upgrades",
         {"apt": 'unattended-upgrades=installed\nAPT::Periodic::Unattended-Upgrade "1";\ntimer=enabled'},
-        "unattended upgrades", "docker.io",
+        "unattended upgrades",
+        "docker.io",
     ),
-    ("flush", {"nftables_conf": "", "nftables.conf": "3:flush ruleset", "units": "nftables active enabled"}, "firewall", "flush"),
+    (
+        "flush",
+        {"nftables_conf": "", "nftables.conf": "3:flush ruleset", "units": "nftables active enabled"},
+        "firewall",
+        "flush",
+    ),
     ("legacy", {"legacy": "-A INPUT -p tcp -j DROP"}, "iptables flavours", "1 rules"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "what", "says"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
@@ -270,20 +281,25 @@ def test_a_bad_engine_matters_where_docker_encrypts() -> None:
     found = [f for f in bad(measured(facts=old, encryption="ipsec")) if f.where == "host1"]
     assert sum(f.level is Level.ERROR for f in found) == 3 and sum(f.level is Level.WARNING for f in found) == 1
     assert all("apt-get changelog" in f.why for f in found if f.level is Level.ERROR)  # docker.io is Debian's
-    dns = [f for f in bad(measured(facts={n: {"engine": "28.2.2"} for n in NAMES}, encryption="wireguard"))]
+    dns = bad(measured(facts={n: {"engine": "28.2.2"} for n in NAMES}, encryption="wireguard"))
     assert [f.level for f in dns] == [Level.WARNING] * 3
 
 
 def test_the_rule_of_the_advisory_makes_it_good() -> None:
     rule = {
         "rule": {
-            "family": "ip", "table": "filter", "chain": "OUTPUT", "handle": 5,
+            "family": "ip",
+            "table": "filter",
+            "chain": "OUTPUT",
+            "handle": 5,
             "expr": [
                 {"match": {"op": "==", "left": {"payload": {"protocol": "udp", "field": "dport"}}, "right": 4789}},
-                {"xt": {"type": "match", "name": "owner"}}, {"counter": {}}, {"drop": None},
+                {"xt": {"type": "match", "name": "owner"}},
+                {"counter": {}},
+                {"drop": None},
             ],
         }
-    }  # fmt: skip
+    }
     m = measured({n: {"nft": json.dumps({"nftables": [rule]})} for n in NAMES}, encryption="ipsec")
     assert bad(m) == []
 

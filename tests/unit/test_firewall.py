@@ -53,13 +53,22 @@ DROP, ACCEPT = {"drop": None}, {"accept": None}
         ([[meta("l4proto", {"set": ["tcp", "udp"]}), {"reject": {"type": "icmp"}}]], True),
         ([[meta("iifname", "lo"), ACCEPT], [DROP]], True),
         ([[meta("iifname", "eth*"), ACCEPT], [DROP]], False),
-        ([[{"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": ["established", "related"]}}, ACCEPT], [DROP]], True),
+        (
+            [
+                [
+                    {"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": ["established", "related"]}},
+                    ACCEPT,
+                ],
+                [DROP],
+            ],
+            True,
+        ),
         ([[{"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": ["new"]}}, ACCEPT], [DROP]], False),
         ([[{"xt": {"type": "match", "name": "policy"}}, DROP]], False),
         ([[meta("length", 1330, ">"), DROP]], False),
         ([[match("udp", "dport", 51820), {"xt": {"type": "target", "name": "REJECT"}}]], True),
     ],
-)  # fmt: skip
+)
 def test_rules(rules: list[list[dict[str, Any]]], dropped: bool) -> None:
     assert (ruleset(*rules).drops(UDP) is not None) is dropped
 
