@@ -227,6 +227,11 @@ def _install(packages: str) -> str:
 
 def quick(m: Measured) -> Findings:
     """All that needs no further look at the hosts."""
+    for text in m.inventory.notes():
+        if "CLEAR TEXT" in text:
+            yield warning("inventory", "encryption", "none", text, "inventory: network.encryption: auto", "")
+        else:
+            yield note("inventory", "inventory", text)
     for problem in m.refused:
         yield error(
             problem.host or "inventory",
@@ -481,13 +486,17 @@ def _collisions(m: Measured) -> Findings:
     except ValueError:
         return
     for name, facts in m.awake.items():
-        hit = [route for route in facts.routes if route.overlaps(overlay) and route.prefixlen > 0]
-        hit += [IPv4Network(r) for r in facts.resolvers if ":" not in r and ip_address(r) in overlay]
-        for route in hit:
+        for route in (r for r in facts.routes if r.prefixlen and r.overlaps(overlay)):
             yield error(
-                name, "subnets", f"a route or resolver {route} lies in the overlay's {overlay}",
+                name, "subnets", f"a route to {route} lies in the overlay's {overlay}",
                 "containers of the overlay cannot reach it, and the host may answer in their place",
                 f"ip route del {route}",
+            )  # fmt: skip
+        for resolver in (r for r in facts.resolvers if ":" not in r and ip_address(r) in overlay):
+            yield error(
+                name, "subnets", f"resolver {resolver} lies in the overlay's {overlay}",
+                "containers of the overlay cannot reach it",
+                "remove the stack and the overlay, set network.subnet in the inventory, then fab bootstrap deploy", "",
             )  # fmt: skip
 
 

@@ -215,6 +215,10 @@ def _translated(m: Measured, where: str, a: str, b: str, there: End, good: list[
 
 
 def _wanted_mtu(m: Measured) -> int:
+    """Bytes of the largest packet that the overlay sends or will send over the underlay."""
+    there = m.swarm.networks.get(m.inventory.network.name) if m.swarm is not None else None
+    if there is not None and there.mtu.isdecimal():
+        return int(there.mtu) + (net.WIREGUARD_OVERHEAD if m.encryption == "wireguard" else 0)
     return m.design.underlay_mtu if m.design is not None else net.underlay_mtu(m.awake, m.inventory)
 
 

@@ -23,6 +23,7 @@ def check(
     """
     report.quiet(json)
     found = preflight.run(fleet(c, inventory), smtp)
+    report.quiet(False)
     status = findings.status(found, strict)
     if json:
         report.document(findings.document(found, strict))
