@@ -141,9 +141,11 @@ class Agent:
                 )
                 for _ in range(3):
                     for port in target["udp"]:
-                        sock.sendto(self.payload("udp", port) + own.encode() + b"|", (address, port))
+                        with contextlib.suppress(PermissionError):  # the own filter drops it: it will be missed there
+                            sock.sendto(self.payload("udp", port) + own.encode() + b"|", (address, port))
                     if target["esp"]:
-                        self.esp(address, own)
+                        with contextlib.suppress(PermissionError):
+                            self.esp(address, own)
                     time.sleep(0.08)
                 sock.setsockopt(level, option, PMTUDISC_PROBE)
                 for _ in range(2):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from ipaddress import ip_network
@@ -106,6 +106,42 @@ def test_a_table_for_people(fresh: Project) -> None:
         assert fresh.fab("check", "--strict", "--inventory", inventory).status == 1
     finally:
         fresh.sh("host2", "systemctl enable docker 2>/dev/null")
+
+
+def test_hosts_without_docker_and_one_behind_nat(make_project: Callable[[str], Project]) -> None:
+    """As a provider hands them over; and what a translating router does to packets that nobody inside asked for."""
+    project = make_project("bare")
+    project.up(1, 2)
+    hosts = {"bare1": {}, "bare2": {"role": "worker", "nat": True}}
+    project.sh(
+        "bare2",
+        "nft 'add table inet router; add chain inet router in { type filter hook input priority -10; }; "
+        f"add rule inet router in ip saddr {project.address('bare1')} ct state != established drop'",
+    )
+    found = check(project, project.inventory("bare", hosts, managers=1), "--strict", status=0)
+    notes = {(f["where"], f["what"]): f["measured"] for f in found if f["level"] == "note"}
+    assert notes["bare1", "engine"] == "no Docker yet"
+    assert "its program is missing" in notes["bare1", "kernel"]
+    assert "no wireguard-tools" in notes["bare1 -> bare2", "1 MB by a tunnel"]
+    good = {f["where"]: f["measured"] for f in found if f["what"] == "pair"}
+    assert "UDP 51820" in good["bare2 -> bare1"] and "bare1 -> bare2" not in good
+    open_ = check(project, project.inventory("open", ["bare1", "bare2"], managers=1))
+    assert [(f["where"], f["what"]) for f in open_ if f["level"] == "error"] == [("bare1 -> bare2", "UDP 51820")]
+
+
+def test_a_host_behind_nat_takes_part_in_the_transfer(fresh: Project) -> None:
+    others = ", ".join(fresh.address(host) for host in ("host1", "host2"))
+    fresh.sh(
+        "host3",
+        "nft 'add table inet router; add chain inet router in { type filter hook input priority -10; }; "
+        f"add rule inet router in ip saddr {{ {others} }} ct state != established drop'",
+    )
+    try:
+        hosts = {"host1": {}, "host2": {}, "host3": {"role": "worker", "nat": True}}
+        found = check(fresh, fresh.inventory("nat", hosts, managers=2), status=0)
+        assert sum("1 MB by" in f["measured"] for f in found if f["what"] == "pair") == 6
+    finally:
+        fresh.sh("host3", "nft delete table inet router")
 
 
 # ---- planted faults ----
@@ -361,7 +397,8 @@ def faults_before() -> list[Fault]:
             "clock",
             "host2",
             'printf \'#!/bin/sh\\n[ "$1" = -s ] && exec rm -f /usr/local/sbin/date\\n'
-            'n=$(/bin/date "$@"); case $1 in +%%s*) echo $(( ${n%%%%.*} + 100 )).0 ;; *) echo $n ;; esac\\n\' '
+            'n=$(/bin/date "$@"); case $1 in +%%s) echo $(( $n + 100 )) ;; '
+            "+%%s.*) echo $(( ${n%%%%.*} + 100 )).${n#*.} ;; *) echo $n ;; esac\\n' "
             ">/usr/local/sbin/date; chmod +x /usr/local/sbin/date",
             "clock",
             r"\+(99|100)\.\d\d s from",
