@@ -615,6 +615,12 @@ def _config(m: Measured, name: str, probe: Probe) -> Findings:
         yield error(name, what, text[:160], "dockerd does not start with it: the next restart is the last", mend)
 
 
+def _needed(m: Measured, name: str) -> dict[str, str]:
+    """Addresses that a host must reach by other ways than a network of Docker's, and what they are."""
+    used = {r: f"resolver {r}" for r in m.facts[name].resolvers}
+    return used | {m.address(other): f"{other}'s address {m.address(other)}" for other in m.awake}
+
+
 def _address_pools(m: Measured, name: str, probe: Probe) -> Findings:
     pools = (probe.config or {}).get("default-address-pools")
     for pool in pools if isinstance(pools, list) else ():
@@ -622,34 +628,52 @@ def _address_pools(m: Measured, name: str, probe: Probe) -> Findings:
             network = ip_network(str(pool.get("base")), strict=False)
         except (ValueError, AttributeError):
             continue
-        used = {r: f"resolver {r}" for r in m.facts[name].resolvers}
-        used |= {m.address(other): f"{other}'s address {m.address(other)}" for other in m.awake}
-        for text, label in used.items():
-            if ip_address(text) in network:
-                yield error(
-                    name, "address pools", f"default-address-pools has {network}, which holds {label}",
-                    "a network of Docker's there would cut it off", drop_key("default-address-pools"),
-                )  # fmt: skip
+        inside = [label for text, label in _needed(m, name).items() if _holds(network, text)]
+        inside += [f"a route to {route}" for route in _foreign_routes(probe) if route.overlaps(network)]
+        if inside:
+            yield error(
+                name, "address pools", f"default-address-pools has {network}, which holds {', '.join(inside)}",
+                "a network of Docker's there would cut it off", drop_key("default-address-pools"),
+            )  # fmt: skip
+
+
+def _holds(network: Any, text: str) -> bool:
+    try:
+        return ip_address(text.split("%")[0]) in network
+    except ValueError:
+        return False
+
+
+def _foreign_routes(probe: Probe) -> list[IPv4Network]:
+    """Where the host sends packets by links that are not Docker's."""
+    found = []
+    try:
+        for entry in json.loads(probe["route"] or "[]"):
+            docker = str(entry.get("dev", "")).startswith(("docker", "br-", "veth"))
+            if not docker and entry.get("dst") not in (None, "default"):
+                found.append(IPv4Network(entry["dst"], strict=False))
+    except (ValueError, TypeError, AttributeError):
+        return []
+    return found
 
 
 def _pools(m: Measured, name: str, probe: Probe) -> Findings:
     """Networks that Docker has already, against what the host must reach."""
-    used = {r: f"resolver {r}" for r in m.facts[name].resolvers}
-    used |= {m.address(other): f"{other}'s address {m.address(other)}" for other in m.awake}
     for line in probe.lines("docker-nets"):
         network_name, *subnets = line.split() or [""]
         for subnet in subnets:
-            for text, label in used.items():
-                try:
-                    hit = ip_address(text) in ip_network(subnet, strict=False)
-                except ValueError:
-                    continue
-                if hit:
-                    mend = f"docker network rm {network_name}" if network_name != "bridge" else "set bip in daemon.json"
-                    yield error(
-                        name, "subnets", f"Docker's network {network_name} {subnet} holds {label}",
-                        "this host cannot reach it", mend,
-                    )  # fmt: skip
+            try:
+                network = ip_network(subnet, strict=False)
+            except ValueError:
+                continue
+            for label in (label for text, label in _needed(m, name).items() if _holds(network, text)):
+                mend = f"docker network rm {network_name}"
+                if network_name == "bridge":
+                    mend = f'put "bip" with another subnet into {CONFIG}, then systemctl restart docker'
+                yield error(
+                    name, "subnets", f"Docker's network {network_name} {subnet} holds {label}",
+                    "this host cannot reach it", mend, "" if network_name == "bridge" else name,
+                )  # fmt: skip
 
 
 def _api(m: Measured, name: str, probe: Probe) -> Findings:

@@ -11,6 +11,7 @@ from builders import address, make_facts, make_inventory
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarmmail.cluster import check as cluster
 from swarmmail.model import bootstrap, check, check_mail, check_pair, engines, findings
 from swarmmail.model.bootstrap import Observed
 from swarmmail.model.check import Measured, Probe, Published
@@ -185,6 +186,29 @@ def test_an_answer_that_ends_early_is_named() -> None:
         m, probes={**m.probes, "host3": Probe("\n@@python\n3.13\n@@programs\n/usr/bin/tcpdump\n@@time\ndaemon=ntp\n")}
     )
     assert ("host3", "check") in [(f.where, f.what) for f in bad(m)]
+
+
+def test_pools_of_docker_against_what_the_host_needs() -> None:
+    route = json.dumps([{"dst": "default", "dev": "eth0"}, {"dst": "10.1.0.0/16", "dev": "eth1"}])
+    lan = '{"default-address-pools": [{"base": "10.0.0.0/8", "size": 24}]}'
+    assert (
+        "10.1.0.0/16" in only(bad(measured({"host2": {"route": route, "daemon_json": lan}})), "address pools").measured
+    )
+    own = json.dumps([{"dst": "10.1.0.0/16", "dev": "br-1"}])
+    assert bad(measured({"host2": {"route": own, "daemon_json": lan}})) == []
+    cover = {"docker_nets": "bridge 172.17.0.0/16\nother 192.0.2.0/24"}
+    assert only(bad(measured({"host2": cover})), "subnets").mend == "docker network rm other"
+
+
+def test_the_quick_part_needs_facts_only() -> None:
+    facts = {n: make_facts(n, engine="29.10.0", resolvers=("192.0.2.53",)) for n in NAMES}
+    facts["host3"] = make_facts("host3", engine="29.10.0", resolvers=("192.0.2.53",), live_restore=True)
+    found = cluster.quick(make_inventory(), Observed(facts))
+    assert [(f.where, f.what) for f in found if f.level is Level.ERROR] == [("host3", "daemon configuration")]
+    with_nat = make_inventory(hosts={"host3": {"nat": True}})
+    unlucky = {**facts, "host3": make_facts("host3", tun=False, live_restore=False)}
+    refused = [f for f in cluster.quick(with_nat, Observed(unlucky)) if f.level is Level.ERROR]
+    assert [f.where for f in refused] == ["host3"] and "tun" in refused[0].measured
 
 
 def test_kernel_by_back_end() -> None:
