@@ -381,7 +381,7 @@ def _vxlan(m: Measured, names: list[str]) -> dict[str, dict[str, Any]]:
     """What each host's agent is to make. With ESP the port is one of our own, so that the throw-away policies meet no
     packet of another; the kernel ends states and policies after half a minute, should the agent not."""
     vni = 0x800000 | secrets.randbelow(0x7FFFFF)
-    port = net.DATA_PORT if m.encryption == "none" else 20000 + secrets.randbelow(10000)
+    port = net.DATA_PORT if m.encryption == "none" else check_pair.TRY_PORT
     add: dict[str, list[str]] = {name: [] for name in names}
     delete: dict[str, list[str]] = {name: [] for name in names}
     if m.encryption == "ipsec":

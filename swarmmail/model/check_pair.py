@@ -15,6 +15,8 @@ from swarmmail.model.network import DATA_PORT, MESH
 
 SMALLEST_MTU = 1280
 """Bytes: below that IPv6 does not work, and we do not look."""
+TRY_PORT = 20789
+"""UDP port of the throw-away VXLAN under ESP: not Docker's, so that the throw-away policies meet nothing of Docker's."""
 NO_PYTHON = "no python3"
 """Why a host has no agent; it has a finding of its own."""
 TUNNEL = "@tunnel"
@@ -255,7 +257,10 @@ def _transfer(m: Measured, where: str, a: str, b: str, ends: Mapping[str, End], 
     else:
         text = f"{result:.1f} s" if isinstance(result, int | float) else str(result)
         packet = _complete(m, a, b, Packet("tcp", ends[b].serves), tunnel=True)
-        if ends[b].serves and (not passes(m, a, b, ends) or m.probes[b].firewall.drops(packet)):
+        if m.encryption == "ipsec":
+            packet = _complete(m, a, b, Packet("udp", TRY_PORT))
+        its_own_port = ends[b].serves or m.encryption == "ipsec"
+        if its_own_port and (not passes(m, a, b, ends) or m.probes[b].firewall.drops(packet)):
             yield note(where, "1 MB by a tunnel", text, "follows from what does not pass, or its port is not let in")
             return
         yield error(

@@ -474,6 +474,14 @@ def test_a_transfer_that_hangs() -> None:
     assert "60000" in only(found, "1 MB by a tunnel", "host1 -> host2").measured
 
 
+def test_a_transfer_whose_own_port_is_not_let_in_is_a_note() -> None:
+    strict = drops(rule(4789, "accept"), policy="drop")
+    for encryption, level in (("ipsec", Level.NOTE), ("none", Level.ERROR)):
+        m = measured({"host2": {"nft": strict}}, encryption=encryption)
+        ends = everything(m, host1={"transfers": {"host2": "no answer within 7 s", "host3": 0.1}})
+        assert [f.level for f in check_pair.judge(m, ends) if f.what == "1 MB by a tunnel"] == [level]
+
+
 # ---- mail ----
 
 
