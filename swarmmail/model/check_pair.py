@@ -16,7 +16,7 @@ from swarmmail.model.network import DATA_PORT, MESH
 SMALLEST_MTU = 1280
 """Bytes: below that IPv6 does not work, and we do not look."""
 TRY_PORT = 20789
-"""UDP port of the throw-away VXLAN under ESP: not Docker's, so that the throw-away policies meet nothing of Docker's."""
+"""UDP port of the throw-away VXLAN under ESP: not Docker's, whose packets the throw-away policies must not meet."""
 NO_PYTHON = "no python3"
 """Why a host has no agent; it has a finding of its own."""
 TUNNEL = "@tunnel"
