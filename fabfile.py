@@ -1,1 +1,3 @@
-from swarmmail.tasks import ns  # noqa: F401
+from swarmmail.program import tasks
+
+ns = tasks()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import tenacity
 
 from swarmmail import report
 from swarmmail.cluster import install, lock, mesh, overlay, swarm
@@ -23,30 +27,79 @@ _ALARM = "CLEAR TEXT"
 ROUNDS = 4
 """Plans carried out in one run: the last one must find nothing to do."""
 SETTLE = 75  # seconds that nodes may take to become Ready: after a change of leader each has to report anew
+QUIET = 5
+"""Seconds in which what heals by itself mostly has: only then it is said, and everything is looked at anew."""
+_IN_DOCKER = frozenset(set(Action) - {Action.INSTALL, Action.MESH, Action.START, Action.LEAVE})
+"""What changes nothing on a host but what its Docker says of the Swarm."""
+
+
+class NoManager(Refused):
+    """There are managers, and none answers for the Swarm: too few run, or they are about to elect a leader."""
 
 
 def observe(fleet: Fleet, strict: bool = True) -> Observed:
-    """Facts of all hosts (``strict``: all must answer), and the Swarm as its first reachable manager sees it."""
+    """Facts of all hosts (``strict``: all must answer), and the Swarm as its first reachable manager sees it.
+
+    Raises:
+        NoManager: unless (``strict``) Docker is silent on a host: to start it may be what the managers wait for.
+    """
+    fleet[model.managers(fleet.inventory)[0]].open_docker()  # most likely the one that is asked below
     facts = gather_all(fleet, strict)
+    try:
+        return Observed(facts, _swarm(fleet, facts))
+    except NoManager:
+        if not strict or not model.silent(facts):
+            raise
+    return Observed(facts)
+
+
+_observe_patiently = tenacity.Retrying(
+    retry=tenacity.retry_if_exception_type(NoManager),
+    stop=tenacity.stop_after_delay(lock.ELECTION),
+    wait=tenacity.wait_fixed(0.5),
+    reraise=True,
+)
+
+
+def _refresh(fleet: Fleet, before: Observed) -> Observed:
+    """Only what Docker says, anew: of every host its own part, and the Swarm. For steps that change nothing else.
+
+    Raises:
+        SwarmmailError: not to be seen so; then ``observe``.
+    """
+    seen = fleet.each(swarm.membership)
+    facts = {name: replace(before.hosts[name], **seen[name]) for name in before.hosts}
     return Observed(facts, _swarm(fleet, facts))
 
 
-def _swarm(fleet: Fleet, facts: dict[str, HostFacts]) -> Swarm | None:
+def look_again(fleet: Fleet, before: Observed) -> Observed:
+    """The Swarm anew, as a manager sees it; the hosts' own facts as they were."""
+    return Observed(before.hosts, _swarm(fleet, before.hosts))
+
+
+def _swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
     candidates = [n for n in fleet.inventory.hosts if facts[n].swarm == "active" and facts[n].is_manager]
     chosen = model.managers(fleet.inventory)
     candidates.sort(key=lambda name: name not in chosen)  # one that is to be demoted could not see that end
     failure: SwarmmailError | None = None
+    silent = model.silent(facts)
+    if silent and candidates and not any(facts[name].cluster for name in candidates):
+        # their Docker has just been asked, and found no leader in 20 s: they miss the silent ones
+        failure = HostError(facts[candidates[0]].swarm_error or "no leader", host=candidates[0])
+        candidates = []
     for name in candidates:
         try:
             return swarm.view(fleet[name])
         except HostError as error:
             failure = error
     if failure is not None:
-        raise Refused(
+        raise NoManager(
             f"no manager answers for the Swarm ({failure.what})",
             host=failure.host,
             step="read the Swarm",
-            hint="without a majority of managers nothing can be changed: bring the missing ones back",
+            hint=f"Docker does not answer on {', '.join(silent)}; run: fab bootstrap"
+            if silent
+            else "without a majority of managers nothing can be changed: bring the missing ones back",
         )
     return None
 
@@ -86,11 +139,11 @@ def run(fleet: Fleet) -> bool:
         SwarmmailError: any step failed, or the end state is not what the inventory wants.
     """
     inventory, changed = fleet.inventory, False
+    observed = observe(fleet)
     for _ in range(ROUNDS):
-        design, plan = decide(inventory, observe(fleet))
+        design, plan = decide(inventory, observed)
         if plan.is_empty and not plan.is_done:
-            show(plan)
-            design, plan = _wait(fleet)
+            observed, design, plan = _wait(fleet, (observed, design, plan))
         if plan.is_done:
             if not changed:
                 shout(plan)
@@ -101,21 +154,52 @@ def run(fleet: Fleet) -> bool:
             show(plan)
             apply(fleet, design, plan)
         changed = True
+        report.progress("check: is it as wanted, and do all nodes hear each other?")
+        observed = _after(fleet, observed, plan)
     left = [f"{step.host}: {step.text}" for step in plan.steps] + list(plan.waits)
     raise SwarmmailError(
         f"not all is as wanted after bootstrap: {'; '.join(left)}", hint="run it again; it goes on from here"
     )
 
 
-def _wait(fleet: Fleet) -> tuple[Design, Plan]:
-    """Wait for what heals by itself: until all is done, or something is to be done, or it takes too long."""
-    found: tuple[Design, Plan] = swarm.wait_until(
-        lambda: decide(fleet.inventory, observe(fleet)),
-        lambda seen: seen[1].is_done or not seen[1].is_empty,
-        SETTLE,
-        str,
-    )
-    return found
+def _after(fleet: Fleet, before: Observed, done: Plan) -> Observed:
+    """What is there after the steps of a plan: what they can have changed is read anew, and everything as soon as
+    something is left to do."""
+    if {step.action for step in done.steps} <= _IN_DOCKER:
+        with contextlib.suppress(SwarmmailError):
+            seen = _refresh(fleet, before)
+            if decide(fleet.inventory, seen)[1].is_empty:
+                return seen
+    return _observe_patiently(lambda: observe(fleet))
+
+
+_Found = tuple[Observed, Design, Plan]
+
+
+def _wait(fleet: Fleet, before: _Found) -> _Found:
+    """Wait for what heals by itself: until all is done, or something is to be done, or it takes too long. Right after
+    ``before`` a short look is enough; later, and before anything is done, it is a whole one."""
+
+    def short() -> _Found:
+        seen = _refresh(fleet, before[0])
+        return seen, *decide(fleet.inventory, seen)
+
+    def whole() -> _Found:
+        seen = _observe_patiently(lambda: observe(fleet))
+        return seen, *decide(fleet.inventory, seen)
+
+    def over(found: _Found) -> bool:
+        return found[2].is_done or not found[2].is_empty
+
+    found = before
+    with contextlib.suppress(SwarmmailError):  # what it was, the whole look says
+        found = swarm.wait_until(short, over, QUIET, pause=0.1)
+    if found[2].is_done:
+        return found
+    if found[2].is_empty:
+        for wait in found[2].waits:
+            report.warning(f"{wait}; waiting for up to {SETTLE} s")
+    return swarm.wait_until(whole, over, SETTLE)
 
 
 @contextlib.contextmanager
@@ -129,17 +213,21 @@ def _locked(fleet: Fleet, design: Design) -> Iterator[None]:
         yield
 
 
+Joined = dict[str, str]
+"""Host to node id, of those that joined in this run."""
+
 _LAST = ((Action.PROMOTE, Action.FORGET, Action.DEMOTE), (Action.LABEL,), (Action.NETWORK,))
 """Chains that do not touch each other: done at once when all hosts have joined."""
 
 
 def apply(fleet: Fleet, design: Design, plan: Plan) -> None:
     """Do the steps, phase by phase; within a phase all hosts at once, but roles one after the other."""
+    joined: Joined = {}
 
     def do(action: Action) -> None:
         if steps := plan.of(action):
             report.progress(f"{action}: {', '.join(dict.fromkeys(step.host for step in steps))}")
-            _PHASES[action](fleet, design, steps)
+            _PHASES[action](fleet, design, steps, joined)
 
     def chain(actions: tuple[Action, ...]) -> None:
         for action in actions:
@@ -156,20 +244,20 @@ def _manager(fleet: Fleet, design: Design) -> str:
     return there.manager if there is not None else model.managers(fleet.inventory)[0]
 
 
-def _install(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+def _install(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:
     wanted = {step.host: step.argument for step in steps}
     fleet.each(lambda host: install.install(host, wanted[host.name]), wanted)
 
 
-def _start(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+def _start(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:
     fleet.each(install.start_docker, [step.host for step in steps])
 
 
-def _mesh(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+def _mesh(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:
     mesh.build(fleet, design, [step.host for step in steps])
 
 
-def _leave(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+def _leave(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:
     fleet.each(swarm.leave, [step.host for step in steps])
 
 
@@ -181,7 +269,9 @@ def _listen(design: Design, host: str) -> str:
     return "0.0.0.0"  # noqa: S104
 
 
-def _init(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+def _init(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:
+    for host in fleet:
+        host.open_docker()  # their turn comes next
     for step in steps:
         address = design.swarm_address(step.host)
         swarm.init(
@@ -193,43 +283,45 @@ def _init(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
         )
 
 
-def _join(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+def _join(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:
     manager = _manager(fleet, design)
     token = swarm.worker_token(fleet[manager])
     there = design.swarm_address(manager)
-    fleet.each(
+    joined |= fleet.each(
         lambda host: swarm.join(host, token, design.swarm_address(host.name), _listen(design, host.name), there),
         [step.host for step in steps],
     )
 
 
-def _node_ids(fleet: Fleet, names: list[str]) -> dict[str, str]:
+def _node_ids(fleet: Fleet, names: list[str], joined: Joined) -> dict[str, str]:
     """Node ids as the hosts themselves know them: a host name may occur twice in the Swarm's list (F30)."""
 
     def ask(host: Host) -> str:
         with host.doing("read the node id"):
             return str(host.docker.info()["Swarm"]["NodeID"])
 
-    return fleet.each(ask, names)
+    unknown = [name for name in names if name not in joined]
+    known = {**joined, **(fleet.each(ask, unknown) if unknown else {})}
+    return {name: known[name] for name in names}
 
 
-def _promote(fleet: Fleet, design: Design, steps: tuple[Step, ...], role: str = "manager") -> None:
+def _promote(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined, role: str = "manager") -> None:
     manager = fleet[_manager(fleet, design)]
-    for host, node in _node_ids(fleet, [step.host for step in steps]).items():
+    for host, node in _node_ids(fleet, [step.host for step in steps], joined).items():
         report.progress(f"{role}", host)
         swarm.set_role(manager, node, role)
 
 
-def _demote(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
-    _promote(fleet, design, steps, role="worker")
+def _demote(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:
+    _promote(fleet, design, steps, joined, role="worker")
 
 
-def _forget(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+def _forget(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:
     """Remove old nodes of hosts that joined anew. The new node takes over what the old one's labels say of
     data on that host, and the markers there, which name the old node, are told the new id."""
     manager = fleet[_manager(fleet, design)]
     assert design.observed.swarm is not None
-    ids = _node_ids(fleet, list(dict.fromkeys(step.host for step in steps)))
+    ids = _node_ids(fleet, list(dict.fromkeys(step.host for step in steps)), joined)
     for step in steps:
         old, new = design.observed.swarm.nodes[step.argument], ids[step.host]
         if old.id == new:
@@ -245,19 +337,30 @@ def _rehome(fleet: Fleet, design: Design, host: str, old: str, new: str) -> None
         return
     with fleet[host].doing("read Docker's folder"):
         root = fleet[host].docker.info()["DockerRootDir"]
-    fleet[host].run(
-        f"sed -i 's/^node={old}$/node={new}/' {root}/volumes/*/_data/.swarmmail-volume",
-        step="tell the volumes their node's new id",
-    )
+    script = f"cd {shlex.quote(root)}/volumes || exit 1\n{_REHOME}"
+    fleet[host].run(f"set -- {old} {new}\n{script}", step="tell the volumes their node's new id")
 
 
-def _label(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+# What is in a volume is a container's to write: no link is followed, and the new file is made outside of the volume.
+_REHOME = """
+for f in */_data/.swarmmail-volume; do
+  [ -f "$f" ] && [ ! -L "$f" ] || continue
+  text=$(dd if="$f" iflag=nofollow,nonblock bs=4096 count=1 status=none | grep -aE '^[a-z]+=') || continue
+  case $text in *"node=$1"*) ;; *) continue ;; esac
+  made=$(mktemp "${f%%/*}/.swarmmail.XXXXXX") || exit 1
+  { printf '%s\\n' "$text" | sed "s/^node=$1\\$/node=$2/" >"$made" && chmod 644 "$made" && mv -fT "$made" "$f"; } ||
+    { rm -f "$made"; exit 1; }
+done
+"""
+
+
+def _label(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:
     manager = fleet[_manager(fleet, design)]
-    for host, node in _node_ids(fleet, [step.host for step in steps]).items():
-        swarm.label_host(manager, node, host)
+    ids = _node_ids(fleet, [step.host for step in steps], joined)
+    fleet.each(lambda host: swarm.label_host(manager, ids[host.name], host.name), ids)
 
 
-def _network(fleet: Fleet, design: Design, steps: tuple[Step, ...]) -> None:
+def _network(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:
     overlay.create(fleet[_manager(fleet, design)], design)
 
 

@@ -1,7 +1,9 @@
 #!/bin/sh
-# Written by swarmmail bootstrap. Keeps two things in force on this host, whatever reloads its firewall:
+# Written by swarmmail bootstrap. Keeps three things in force on this host, whatever reloads its firewall:
 #  - VXLAN (UDP @PORT@) comes and goes by the tunnel only. Docker's VXLAN socket listens on every link: without
 #    this rule a stranger's forged packet reaches a container, and is answered.
+#  - what a container publishes is reached by the published port only. Where forwarding was on before Docker came,
+#    Docker (before 28) leaves all its ports open to neighbours who route to the container itself: LMTP among them.
 #  - the tunnel's subnet leaves by the tunnel or not at all (a blackhole route below the tunnel's own).
 # guard apply | check | watch
 set -u
@@ -12,6 +14,9 @@ table inet swarmmail
 delete table inet swarmmail
 table inet swarmmail {
   chain in  { type filter hook prerouting priority raw; policy accept; iifname != "@LINK@" udp dport @PORT@ counter drop; }
+  chain direct { type filter hook forward priority filter; policy accept;
+    oifname "docker_gwbridge" ct status dnat accept
+    oifname "docker_gwbridge" iifname != "docker_gwbridge" ct state new counter drop; }
   chain out { type filter hook output priority raw; policy accept; oifname != "@LINK@" udp dport @PORT@ counter drop; }
 }
 EOF
@@ -19,7 +24,8 @@ EOF
 route_there() { [ -n "$(ip -4 route show type blackhole @SUBNET@ 2>/dev/null)" ]; }
 rules_there() {
   now=$(nft -s list table inet swarmmail 2>/dev/null) || return 1
-  [ "$(printf '%s\n' "$now" | grep -c 'fname != "@LINK@" udp dport @PORT@ .*drop')" = 2 ]
+  [ "$(printf '%s\n' "$now" | grep -c -e 'fname != "@LINK@" udp dport @PORT@ .*drop' -e '"docker_gwbridge" ct s' \
+    -e '"docker_gwbridge" iifname .*drop')" = 4 ]
 }
 check() { route_there && rules_there; }
 apply() {

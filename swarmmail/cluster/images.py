@@ -100,7 +100,8 @@ def build(where: Builder, folder: Path, tag: str) -> ImageInfo:
                     step=f"build {folder.name}",
                     hint=f"see {folder / 'Dockerfile'}",
                 )
-            last = line.get("stream", "").strip() or last
+            text = line.get("stream", "").strip()
+            last = last if not text or text.startswith(("--->", "Removing intermediate")) else text
     except (docker.errors.DockerException, OSError) as error:
         raise SwarmmailError(str(error), host=where.name, step=f"build {folder.name}") from error
     built = inspect(where.api, tag)
@@ -206,7 +207,9 @@ def ship(fleet: Fleet, where: Builder, wanted: Mapping[str, Iterable[str]]) -> N
     by_host: dict[str, list[str]] = {}
     for tag, hosts in wanted.items():
         for host in hosts:
-            by_host.setdefault(host, []).append(tag)
+            if host != where.name:  # where they were built they are already
+                by_host.setdefault(host, []).append(tag)
+    wanted = {tag: hosts for tag, hosts in wanted.items() if set(hosts) - {where.name}}
     with contextlib.ExitStack() as stack:
         try:
             with ThreadPoolExecutor() as pool:

@@ -7,11 +7,13 @@ dead: same machine, and no such process any more. Anything else is explained, ne
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
 import platform
 import secrets
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +26,7 @@ import tenacity
 
 from swarmmail import report
 from swarmmail.hosts.connection import Host
-from swarmmail.model.errors import Locked
+from swarmmail.model.errors import HostError, Locked
 
 T = TypeVar("T")
 ELECTION = 60  # seconds
@@ -88,22 +90,39 @@ def read(manager: Host, swarm: bool) -> Owner | None:
     """Who holds the lock; None when it is free (or has just been taken and not yet signed)."""
     if not swarm:
         return _parse(manager.run(f"cat {FOLDER}/owner 2>/dev/null || true", step="read the lock").stdout)
+    return _config(manager)[1]
+
+
+def _config(manager: Host) -> tuple[str, Owner | None]:
+    """Id and owner of the config that is the lock; an empty id when there is none."""
     with manager.doing("read the lock"):
         found = [c for c in manager.docker.configs(filters={"name": NAME}) if c["Spec"]["Name"] == NAME]
-        import base64
+        if not found:
+            return "", None
+        return found[0]["ID"], _parse(base64.b64decode(found[0]["Spec"].get("Data", "")).decode())
 
-        return _parse(base64.b64decode(found[0]["Spec"].get("Data", "")).decode()) if found else None
+
+_HELD = 3  # exit status
 
 
 def _take(manager: Host, owner: Owner, swarm: bool) -> bool:
+    """False: somebody holds it.
+
+    Raises:
+        HostError: it could not be tried.
+    """
     text = json.dumps(asdict(owner))
     if not swarm:
-        # written in full before it appears: a rename onto an empty or missing directory is atomic
+        # written in full before it appears: a rename onto a missing directory is atomic
         command = (
-            f"d=$(mktemp -d {FOLDER}.XXXXXX) && cat >$d/owner && mv -nT $d {FOLDER} && [ ! -d $d ] || "
-            "{ rm -rf $d; exit 3; }"
+            f"d=$(mktemp -d {FOLDER}.XXXXXX) || exit 1; cat >$d/owner || {{ rm -rf $d; exit 1; }}; "
+            f"mv -nT $d {FOLDER}; [ ! -d $d ] || {{ rm -rf $d; exit {_HELD}; }}"
         )
-        return manager.run(command, stdin=text, step="take the lock", check=False).ok
+        result = manager.run(command, stdin=text, step="take the lock", check=False)
+        if not result.ok and result.status != _HELD:
+            words = result.stderr.strip().splitlines() or [f"exit status {result.status}"]
+            raise HostError(words[-1], host=manager.name, step="take the lock", hint=f"can {FOLDER} be made there?")
+        return result.ok
     with manager.doing("take the lock"):
         try:
             manager.docker.create_config(NAME, text.encode())
@@ -115,15 +134,27 @@ def _take(manager: Host, owner: Owner, swarm: bool) -> bool:
 
 
 def release(manager: Host, swarm: bool, token: str | None) -> None:
-    """Let go of the lock: one's own by ``token``, or whoever's it is (None: the operator decided)."""
-    owner = read(manager, swarm)
-    if token is not None and (owner is None or owner.token != token):
-        return
+    """Let go of the lock: one's own or a dead run's by ``token``, or whoever's it is (None: the operator decided).
+
+    Never one that somebody took meanwhile: a config is removed by the id that was read with the token, the folder
+    by who holds its flock(1), so that nobody else removes it between the look and the removal."""
     if not swarm:
-        manager.run(f"rm -rf {FOLDER}", step="release the lock")
+        mine = (
+            f"grep -qsF {shlex.quote(json.dumps({'token': token})[1:-1])} {FOLDER}/owner &&"
+            if token is not None
+            else ""
+        )
+        manager.run(
+            f"[ -d {FOLDER} ] || exit 0\n"
+            f"{{ flock -w 10 9 || exit 1; {mine} mv -T {FOLDER} {FOLDER}.$$ && rm -rf {FOLDER}.$$; }} 9<{FOLDER}\n:",
+            step="release the lock",
+        )
+        return
+    found, owner = _config(manager)
+    if not found or (token is not None and (owner is None or owner.token != token)):
         return
     with manager.doing("release the lock"), contextlib.suppress(docker.errors.NotFound):
-        manager.docker.remove_config(NAME)
+        manager.docker.remove_config(found)
 
 
 def _patiently(act: Callable[[], T]) -> T:

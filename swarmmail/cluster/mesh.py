@@ -20,6 +20,8 @@ from swarmmail.model.mesh import CONFIG_FILE, KEY_FILE, Mesh
 from swarmmail.model.network import DATA_PORT, MESH
 
 GUARD = "/etc/swarmmail/guard"
+NEW = f"/etc/wireguard/{MESH}.new"
+"""Folder in which the configuration waits: ``wg-quick`` knows a file by its link's name."""
 
 _GUARD_UNIT = f"""\
 # Written by swarmmail bootstrap.
@@ -60,9 +62,12 @@ wg pubkey <{KEY_FILE}
 
 # A running tunnel is changed in place (wg syncconf, wg(8)): sessions of peers that stay are not cut. syncconf
 # without a PrivateKey would take the key away, so it is put back in, by files and pipes only.
+# The configuration takes its place last of all, or while the tunnel is down: should this be killed, the next run sees
+# the old one, or none at work, and does it again. One at a time: what a killed run has begun here goes on for a moment.
 _ACTIVATE = f"""
 set -e; umask 077
-tar -xf - -C / --no-same-owner
+exec 9>/run/{MESH}.lock; flock -w 40 9
+rm -rf {NEW}; tar -xf - -C / --no-same-owner
 known=$(systemctl show -p FragmentPath --value swarmmail-guard.service)
 stale=$(systemctl show -p NeedDaemonReload --value docker.service swarmmail-guard.service | grep yes || true)
 [ -n "$known" ] && [ -z "$stale" ] || systemctl daemon-reload
@@ -72,15 +77,18 @@ systemctl restart swarmmail-guard.service
 if wg show {MESH} >/dev/null 2>&1 && systemctl -q is-active wg-quick@{MESH}.service &&
    ip -4 -o addr show dev {MESH} | grep -q " $1/"; then
   {{ echo '[Interface]'; printf 'PrivateKey = '; cat {KEY_FILE}
-     wg-quick strip {MESH} | grep -v '^.Interface.'; }} >/run/{MESH}.sync
+     wg-quick strip {NEW}/{MESH}.conf | grep -v '^.Interface.'; }} >/run/{MESH}.sync
   wg syncconf {MESH} /run/{MESH}.sync; rm -f /run/{MESH}.sync
   ip link set dev {MESH} mtu "$2"
+  mv -T {NEW}/{MESH}.conf {CONFIG_FILE}
 else
   systemctl stop wg-quick@{MESH}.service 2>/dev/null || true
   ip link del {MESH} 2>/dev/null || true
+  mv -T {NEW}/{MESH}.conf {CONFIG_FILE}
   systemctl reset-failed wg-quick@{MESH}.service 2>/dev/null || true
   systemctl start wg-quick@{MESH}.service || {{ journalctl -n 3 -o cat -u wg-quick@{MESH}.service >&2; exit 1; }}
 fi
+rmdir {NEW}
 """
 
 
@@ -110,14 +118,14 @@ def make_key(host: Host) -> str:
 
 def activate(host: Host, mesh: Mesh, config: str) -> None:
     """Put the files in place, then guard and tunnel in force. Run again, it changes nothing that is right."""
-    content = {CONFIG_FILE: config + "\n", **files(mesh)}
+    content = {f"{NEW}/{MESH}.conf": config + "\n", **files(mesh)}
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for path, text in content.items():
             data = text.encode()
             info = tarfile.TarInfo(path.lstrip("/"))
             info.size = len(data)
-            info.mode = 0o755 if path == GUARD else 0o600 if path == CONFIG_FILE else 0o644
+            info.mode = 0o755 if path == GUARD else 0o600 if path.startswith(NEW) else 0o644
             tar.addfile(info, io.BytesIO(data))
     words = f"{mesh.addresses[host.name]} {mesh.mtu}"
     host.run(f"set -- {words}\n{_ACTIVATE}", stdin=archive.getvalue(), step="start the tunnel", timeout=60)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import docker.errors
 import tenacity
 
 from swarmmail.hosts.connection import Host
+from swarmmail.model import facts
 from swarmmail.model.bootstrap import GOSSIP_PORT
 from swarmmail.model.errors import HostError
 from swarmmail.model.swarm import CLUSTER_LABEL, HOST_LABEL, Network, Node, Swarm
 
+T = TypeVar("T")
 PORT = 2377
 JOIN_TIMEOUT = 45  # seconds
 DOCUMENTED_CERTIFICATE_LIFE = 90 * 24 * 3600  # Docker's default, kept
@@ -32,6 +35,19 @@ def view(manager: Host) -> Swarm:
         nodes={raw["ID"]: _node(raw) for raw in nodes},
         networks={raw["Name"]: _network(raw) for raw in networks if raw.get("Scope") == "swarm"},
     )
+
+
+def membership(host: Host) -> dict[str, Any]:
+    """What the Docker of a host says of itself and of its part in the Swarm, as fields of its facts. Raises HostError.
+
+    As ``facts.sh`` asks it; this is for asking again and again."""
+    api = host.docker
+    with host.doing("read the membership"):
+        info, peers = api.info(), None
+        if (info.get("Swarm") or {}).get("LocalNodeState") == "active":
+            with contextlib.suppress(docker.errors.NotFound):
+                peers = facts.peers_of(api.inspect_network("ingress"))
+    return facts.of_docker(info, peers)
 
 
 def _node(raw: dict[str, Any]) -> Node:
@@ -105,7 +121,7 @@ def join(host: Host, token: str, address: str, listen: str, manager_address: str
             swarm: dict[str, Any] = api.info()["Swarm"]
             return swarm
 
-        swarm = wait_until(state, lambda seen: seen["LocalNodeState"] != "pending", JOIN_TIMEOUT, lambda seen: seen)
+        swarm = wait_until(state, lambda seen: seen["LocalNodeState"] != "pending", JOIN_TIMEOUT, pause=0.1)
     if swarm["LocalNodeState"] != "active":
         reason = swarm.get("Error") or (str(failed.explanation) if failed else swarm["LocalNodeState"])
         raise HostError(
@@ -175,7 +191,7 @@ def set_role(manager: Host, node: str, role: str) -> None:
         return reachable if role == "manager" else not raw.get("ManagerStatus")
 
     with manager.doing(f"wait until node {node} is a {role}"):
-        wait_until(seen, there, 30, lambda raw: str(raw.get("ManagerStatus")))
+        wait_until(seen, there, 30, pause=0.1)
 
 
 def set_label(manager: Host, node: str, name: str, value: str | None) -> None:
@@ -216,12 +232,14 @@ def forget(manager: Host, node: str) -> None:
         )(remove)
 
 
-def wait_until(read: Any, good: Any, seconds: float, show: Any) -> Any:
-    """Poll ``read()`` (it must not change anything) until ``good`` of it; the last value after ``seconds``."""
+def wait_until(read: Callable[[], T], good: Callable[[T], bool], seconds: float, pause: float = 0.5) -> T:
+    """Poll ``read()`` (it must not change anything) until ``good`` of it; the last value after ``seconds``. The pause
+    grows up to ``pause`` seconds."""
     retry = tenacity.Retrying(
         retry=tenacity.retry_if_result(lambda value: not good(value)),
         stop=tenacity.stop_after_delay(seconds),
-        wait=tenacity.wait_exponential(0.03, max=0.5),
+        wait=tenacity.wait_exponential(0.03, max=pause),
         retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
     )
-    return retry(read)
+    last: T = retry(read)
+    return last

@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,10 +96,13 @@ class Host:
         self._gateway = gateway
         self._sudo_password = sudo_password
         self._opening = threading.Lock()
+        self._docker_opening = threading.Lock()
+        self._docker: docker.APIClient | None = None
         self._sessions = threading.BoundedSemaphore(SESSIONS_FOR_COMMANDS)
         self._connection: fabric.Connection | None = None
         self._failed: tuple[float, Unreachable] | None = None
-        self._sudo: tuple[str, bytes] | None = None
+        self._sudo_asking = threading.Lock()
+        self._sudo: tuple[str, bytes] | HostError | None = None
 
     # -- the connection ---------------------------------------------------------------------------------
 
@@ -224,14 +226,18 @@ class Host:
 
     def close(self) -> None:
         """Close the connection and what runs over it; never raises."""
+        client, self._docker = self._docker, None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                # paramiko's thread looks only every 0.1 s whether it shall end; a socket that has ended wakes it
+                connection.transport.sock.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(Exception):
-            if "docker" in self.__dict__:
-                self.docker.close()
+            if client is not None:
+                client.close()
         with contextlib.suppress(Exception):
-            if self._connection is not None:
-                self._connection.close()
-        self._connection = None
-        self.__dict__.pop("docker", None)
+            if connection is not None:
+                connection.close()
 
     # -- commands ---------------------------------------------------------------------------------------
 
@@ -319,50 +325,69 @@ class Host:
         """
         if self.spec.user == "root":
             return "", b""
-        if self._sudo is None:
-            with self._sessions:
-                free = self._exec("sudo -n true", b"", "sudo", 20)
-            if free.ok:
-                self._sudo = ("sudo -n -- ", b"")
-            elif self._sudo_password is None:
-                raise HostError(
-                    f"user {self.spec.user} needs a password for sudo",
-                    host=self.name,
-                    step="sudo",
-                    hint="run again as: fab --prompt-for-sudo-password ...",
-                )
-            else:
-                words = "sudo -k -S -p '' -- "
-                secret = self._sudo_password.encode() + b"\n"
-                with self._sessions:
-                    tried = self._exec(words + "true", secret, "sudo", 20)
-                if not tried.ok:
-                    raise HostError(
-                        f"sudo did not let user {self.spec.user} become root",
-                        host=self.name,
-                        step="sudo",
-                        hint="check the password, and the user's line in sudoers",
-                    )
-                self._sudo = (words, secret)
-        return self._sudo
+        with self._sudo_asking:  # once: a wrong password that is tried again and again locks the account
+            if self._sudo is None:
+                self._sudo = self._ask_sudo()
+            if isinstance(self._sudo, HostError):
+                raise self._sudo
+            return self._sudo
+
+    def _ask_sudo(self) -> tuple[str, bytes] | HostError:
+        """The words and the password, or why not."""
+        with self._sessions:
+            free = self._exec("sudo -n true", b"", "sudo", 20)
+        if free.ok:
+            return "sudo -n -- ", b""
+        if self._sudo_password is None:
+            return HostError(
+                f"user {self.spec.user} needs a password for sudo",
+                host=self.name,
+                step="sudo",
+                hint="run again as: fab --prompt-for-sudo-password ...",
+            )
+        words = "sudo -k -S -p '' -- "
+        secret = self._sudo_password.encode() + b"\n"
+        with self._sessions:
+            tried = self._exec(words + "true", secret, "sudo", 20)
+        if not tried.ok:
+            return HostError(
+                f"sudo did not let user {self.spec.user} become root",
+                host=self.name,
+                step="sudo",
+                hint="check the password, and the user's line in sudoers",
+            )
+        return words, secret
 
     def write(self, path: str, content: str | bytes, *, mode: str = "0644", step: str = "write file") -> None:
         """Write a file whole or not at all: a new file beside it, then a rename."""
         quoted, new = shlex.quote(path), shlex.quote(path + ".swarmmail-new")
         self.run(
-            f"mkdir -p $(dirname {quoted}) && umask 077 && cat > {new} && chmod {mode} {new} && mv {new} {quoted}",
+            f'mkdir -p "$(dirname -- {quoted})" && umask 077 && cat > {new} && chmod {mode} {new} && mv {new} {quoted}',
             stdin=content,
             step=step,
         )
 
     # -- other uses of the same connection --------------------------------------------------------------
 
-    @cached_property
+    @property
     def docker(self) -> docker.APIClient:
-        """The Docker API of this host, by this connection (see ``dockerapi``)."""
+        """The Docker API of this host, by this connection (see ``dockerapi``). Opened at the first use."""
         from swarmmail.hosts.dockerapi import client
 
-        return client(self)
+        with self._docker_opening:
+            if self._docker is None:
+                self._docker = client(self)
+            return self._docker
+
+    def open_docker(self) -> None:
+        """Begin to open the Docker API, beside other work: to start its client there and to agree on a version takes
+        two round trips. A failure is left to show when the API is used."""
+
+        def begin() -> None:
+            with contextlib.suppress(Exception):
+                self.docker  # noqa: B018
+
+        threading.Thread(target=begin, daemon=True).start()
 
     @contextlib.contextmanager
     def forward(self, address: str, port: int) -> Iterator[int]:
@@ -410,7 +435,9 @@ class Host:
         except docker.errors.APIError as error:
             raise HostError(str(error.explanation or error), host=self.name, step=step) from error
         except (docker.errors.DockerException, requests.RequestException) as error:
-            raise HostError(f"Docker does not answer ({error})", host=self.name, step=step) from error
+            raise HostError(
+                f"Docker does not answer ({error})", host=self.name, step=step, hint="run: fab bootstrap"
+            ) from error
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise HostError(f"connection lost ({error})", host=self.name, step=step) from error
 

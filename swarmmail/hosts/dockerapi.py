@@ -34,6 +34,12 @@ class _Connection(SSHConnection):  # type: ignore[misc]
             sock.sendall(password)
         self.sock = sock
 
+    @property
+    def is_connected(self) -> bool:
+        """Asked before a connection is used again. urllib3 would wait with ``select``, for which paramiko makes a
+        pipe that it may close while its own thread writes there (see ``Host.forward``)."""
+        return self.sock is not None and not (self.sock.closed or self.sock.eof_received or self.sock.recv_ready())
+
 
 class _Pool(SSHConnectionPool):  # type: ignore[misc]
     def __init__(self, host: Host) -> None:
@@ -43,6 +49,13 @@ class _Pool(SSHConnectionPool):  # type: ignore[misc]
 
     def _new_conn(self) -> _Connection:
         return _Connection(self._host)
+
+    def _get_conn(self, timeout: Any) -> _Connection:
+        """The SDK's takes any connection again. One whose Docker was restarted is opened anew by the request."""
+        connection: _Connection = super()._get_conn(timeout)
+        if connection.sock is not None and not connection.is_connected:
+            connection.close()
+        return connection
 
 
 class _Adapter(BaseHTTPAdapter):  # type: ignore[misc]

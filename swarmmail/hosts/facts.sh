@@ -1,7 +1,14 @@
 # What swarmmail wants to know of a host, in one round trip. Reads only; two kernel tests add and remove
-# a throw-away object (an ESP state for addresses that nobody has, a link). Sections begin with "@@name".
+# a throw-away object (an ESP state for addresses that nobody has, a link). Sections begin with "@@name". Docker is
+# asked meanwhile; what the other sections say waits in the pipe.
 export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin
 s() { printf '\n@@%s\n' "$1"; }
+docker_says() {
+# A manager without a leader answers after 20 s (moby, daemon/cluster: swarmRequestTimeout).
+s docker;    info=$(command -v docker >/dev/null && timeout 25 docker info --format '{{json .}}' 2>/dev/null); printf '%s\n' "$info"
+s peers;     case $info in *'"LocalNodeState":"active"'*) timeout 5 docker network inspect ingress --format '{{json .Peers}}' 2>/dev/null ;; esac
+}
+host_says() {
 s os;        cat /etc/os-release 2>/dev/null
 s kernel;    uname -r
 s machine;   uname -m
@@ -10,9 +17,6 @@ s clock;     date +%s.%N
 s root;      id -u
 s systemd;   [ -d /run/systemd/system ] && echo yes
 s programs;  for p in docker dockerd wg wg-quick wireguard-go nft iptables rsync apt-get tcpdump; do command -v $p >/dev/null && echo $p; done
-# A manager without a leader answers after 20 s (moby, daemon/cluster: swarmRequestTimeout).
-s docker;    info=$(command -v docker >/dev/null && timeout 25 docker info --format '{{json .}}' 2>/dev/null); printf '%s\n' "$info"
-s peers;     case $info in *'"LocalNodeState":"active"'*) timeout 5 docker network inspect ingress --format '{{json .Peers}}' 2>/dev/null ;; esac
 s addresses; ip -j addr show 2>/dev/null
 s routes;    ip -j -4 route show table all 2>/dev/null
 s resolvers; grep -s '^nameserver' /etc/resolv.conf
@@ -25,17 +29,24 @@ if ip xfrm state add src 127.255.255.253 dst 127.255.255.254 proto esp spi 0x0d0
   echo yes; ip xfrm state del src 127.255.255.253 dst 127.255.255.254 proto esp spi 0x0d0c0001 2>/dev/null
 fi
 s mesh-config; cat /etc/wireguard/swarmmail.conf 2>/dev/null
-s mesh-key;    wg show swarmmail public-key 2>/dev/null || { [ -s /etc/wireguard/swarmmail.key ] && wg pubkey </etc/wireguard/swarmmail.key 2>/dev/null; }
+# A tunnel that is just starting has no key yet, and says "(none)".
+s mesh-key;    wg show swarmmail public-key 2>/dev/null | grep -v none || { [ -s /etc/wireguard/swarmmail.key ] && wg pubkey </etc/wireguard/swarmmail.key 2>/dev/null; }
 s mesh-peers;  wg show swarmmail allowed-ips 2>/dev/null
+s mesh-port;   wg show swarmmail listen-port 2>/dev/null
 s mesh-link;   ip -j addr show dev swarmmail 2>/dev/null
 s files;       sha256sum /etc/swarmmail/guard /etc/systemd/system/swarmmail-guard.service /etc/systemd/system/docker.service.d/swarmmail.conf 2>/dev/null
 s guard;       /etc/swarmmail/guard check 2>/dev/null && echo yes
-s units;       for u in docker swarmmail-guard wg-quick@swarmmail; do echo "$u $(systemctl is-active $u 2>/dev/null) $(systemctl is-enabled $u 2>/dev/null)"; done
+s units;       systemctl show -p Id,ActiveState,UnitFileState docker swarmmail-guard wg-quick@swarmmail 2>/dev/null
 s listening;   ss -Hltn 2>/dev/null
 s volumes
 root=$(sed -n "s/.*\"data-root\": *\"\([^\"]*\)\".*/\1/p" /etc/docker/daemon.json 2>/dev/null)
 for f in "${root:-/var/lib/docker}"/volumes/*/_data/.swarmmail-volume; do
-  [ -f "$f" ] || continue
-  v=${f%/_data/*}; echo "volume=${v##*/}"; cat "$f"; echo
+  [ -f "$f" ] && [ ! -L "$f" ] || continue
+  v=${f%/_data/*}; echo "volume=${v##*/}"
+  # What is in a volume is the container's to write: no link is followed, no pipe waited for, no other line passed on.
+  dd if="$f" iflag=nofollow,nonblock bs=4096 count=1 status=none 2>/dev/null |
+    grep -aE '^(cluster|service|generation|node|state)='
 done
 s end
+}
+host_says | { docker_says; cat; }

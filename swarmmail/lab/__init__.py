@@ -9,14 +9,14 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swarmmail import report
 from swarmmail.lab import files
 from swarmmail.lab.containers import ContainerDriver
 from swarmmail.lab.driver import Driver, Machine
-from swarmmail.lab.naming import MAX_BARE, MAX_HOSTS, Naming, addresses, planned
+from swarmmail.lab.naming import INSIDE, MAX_BARE, MAX_HOSTS, TOPOLOGIES, Naming, Subnets, addresses, planned
 from swarmmail.model.errors import InputError, Locked
 
 __all__ = ["Lab", "Machine", "down", "status", "up"]
@@ -27,9 +27,15 @@ class Lab:
     """A lab as it is. ``changed``: what the call that returned it did, a line each."""
 
     root: Path
-    subnet: str | None  # None: there is no lab
+    subnets: Subnets | None  # None: there is no lab
     machines: tuple[Machine, ...]
     changed: tuple[str, ...] = ()
+    router: str = ""
+    """The state of the router's container; empty where there is none (topology ``flat``)."""
+
+    @property
+    def subnet(self) -> str | None:
+        return str(self.subnets.outer) if self.subnets else None
 
     @property
     def folder(self) -> Path:
@@ -60,9 +66,11 @@ class Lab:
         return next(machine.address for machine in self.machines if machine.name == host)
 
 
-def up(root: Path, hosts: int = 3, bare: int = 0) -> Lab:
+def up(root: Path, hosts: int = 3, bare: int = 0, topology: str = "") -> Lab:
     """Make or complete the lab of the folder ``root``: ``host1``.. with Docker, ``bare1``.. without.
 
+    ``topology``: ``flat``, all hosts on one network; ``nat``, ``host3`` on a network of its own behind a router that
+    translates addresses. Empty: as the lab that is there, else flat.
     Hosts that are there stay as they are, also when more are there than asked for. Returns when SSH (and
     Docker) answers on all of them. Killed anywhere, it completes when run again.
     """
@@ -71,6 +79,10 @@ def up(root: Path, hosts: int = 3, bare: int = 0) -> Lab:
         problems.append(f"hosts: {hosts}, allowed are 1 to {MAX_HOSTS}")
     if not 0 <= bare <= MAX_BARE:
         problems.append(f"bare: {bare}, allowed are 0 to {MAX_BARE}")
+    if topology and topology not in TOPOLOGIES:
+        problems.append(f"topology: found '{topology}', allowed: {', '.join(TOPOLOGIES)}")
+    if topology == "nat" and hosts < 3:
+        problems.append(f"hosts: {hosts}, with topology nat 3 at least: {INSIDE} is the one behind the router")
     if problems:
         raise InputError(problems)
     root = root.resolve()
@@ -79,9 +91,9 @@ def up(root: Path, hosts: int = 3, bare: int = 0) -> Lab:
         if files.leaving(root).exists():
             report.progress("the last lab.down was cut short; finishing it first")
             _remove(root, driver)
-        subnet = driver.network()
+        subnets = driver.network(TOPOLOGIES.get(topology))
         access = files.access(root)
-        files.certificates(root, addresses(subnet))
+        files.certificates(root, addresses(subnets))
         # Those that are there beyond what is asked for belong to the lab as well: they stay, and are started.
         there = {machine.name for machine in driver.machines()}
         asked = planned(hosts, bare)
@@ -89,11 +101,11 @@ def up(root: Path, hosts: int = 3, bare: int = 0) -> Lab:
         changed = driver.ensure(wanted, access)
         machines = driver.machines()
         keys = driver.host_keys([machine.name for machine in machines])
-        lab = Lab(root, str(subnet), tuple(machines), tuple(changed))
+        lab = Lab(root, subnets, tuple(machines), tuple(changed), driver.router())
         lab.inventory.parent.mkdir(exist_ok=True)
         files.write(lab.known_hosts, files.known_hosts(machines, keys))
         if files.write(lab.inventory, files.inventory(machines), mode=0o644):
-            lab = Lab(root, lab.subnet, lab.machines, (*lab.changed, "inventories/lab.yml"))
+            lab = replace(lab, changed=(*lab.changed, "inventories/lab.yml"))
         return lab
 
 
@@ -101,8 +113,7 @@ def status(root: Path) -> Lab:
     """The lab of the folder ``root`` as it is, with the memory of each host. Changes nothing."""
     root = root.resolve()
     driver = ContainerDriver(Naming.of(root))
-    subnet = driver.find_network()
-    return Lab(root, str(subnet) if subnet else None, tuple(driver.machines(memory=True)))
+    return Lab(root, driver.find_network(), tuple(driver.machines(memory=True)), router=driver.router())
 
 
 def down(root: Path, images: bool = False) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from ipaddress import IPv4Network, ip_address
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,17 +29,19 @@ from tenacity import (
 from swarmmail import report
 from swarmmail.lab import image, rights
 from swarmmail.lab.driver import Access, Machine
-from swarmmail.lab.naming import Naming, Planned, Variant, routes
+from swarmmail.lab.naming import TOPOLOGIES, Naming, Planned, Subnets, Topology, Variant, routes
 from swarmmail.model.errors import SwarmmailError
 
-_LAB, _HOST, _VARIANT, _ADDRESS = (
+_LAB, _HOST, _VARIANT, _ADDRESS, _TOPOLOGY = (
     "swarmmail.lab",
     "swarmmail.lab.host",
     "swarmmail.lab.variant",
     "swarmmail.lab.address",
+    "swarmmail.lab.topology",
 )
 _BOOT = 90  # seconds until SSH must answer: 1 to 2 s usually, more on a busy machine with many hosts
 _DOCKER = 90  # seconds for the host's Docker, counted from SSH's answer
+_ROUTER = 20  # seconds until the router translates: 0.3 s usually
 _REMOVAL = 15  # seconds for Docker to finish removals that are under way
 # Instances of inotify: counted 7 a host (systemd 5, dbus-daemon, containerd), one for a wireguard-go; and
 # what the machine itself uses.
@@ -79,44 +81,71 @@ class ContainerDriver:
 
     # --- network ---
 
-    def network(self) -> IPv4Network:
-        found = self.find_network()
-        if found:
-            return found
-        if self.machines():
+    def network(self, topology: Topology | None) -> Subnets:
+        found = self._found()
+        outer = found.get(self.naming.network)
+        there = outer[1] if outer else None
+        if there and topology not in (None, there):
+            raise SwarmmailError(
+                f"the lab is {there}, asked for is {topology}: hosts keep the networks they were made on",
+                step="lab.up --topology",
+                hint=f"lab.down (the hosts' data goes with it), then lab.up --topology {topology}",
+            )
+        wanted = there or topology or "flat"
+        names = {self.naming.network: self.naming.bridge}
+        if wanted == "nat":
+            names[self.naming.inner_network] = self.naming.inner_bridge
+        if names.keys() - found.keys() and self.machines():
             raise SwarmmailError(
                 "the lab's hosts are there but their network is gone",
                 step="lab",
                 hint="lab.down, then lab.up",
             )
+        made = [found[name][0] if name in found else self._make(name, names[name], wanted) for name in names]
+        return Subnets(*made)
+
+    def _make(self, name: str, bridge: str, topology: Topology) -> IPv4Network:
+        """Make a network with a bridge of its own. Docker lets nothing pass from one bridge to another."""
         table = Path("/proc/net/route").read_text()
         mtu = _underlay_mtu(table)
         taken = [network for _, network in routes(table) if network.prefixlen] + self._docker_subnets()
+        options = {"com.docker.network.bridge.name": bridge, "com.docker.network.driver.mtu": str(mtu)}
+        if name == self.naming.inner_network:
+            # This machine must not be a second way out, beside the router.
+            options["com.docker.network.bridge.enable_ip_masquerade"] = "false"
         for subnet in self.naming.subnets(taken):
             try:
                 self.client.api.create_network(
-                    self.naming.network,
+                    name,
                     driver="bridge",
                     ipam=IPAMConfig(pool_configs=[IPAMPool(subnet=str(subnet))]),
                     check_duplicate=True,
-                    labels={_LAB: self.naming.id},
-                    options={
-                        "com.docker.network.bridge.name": self.naming.bridge,
-                        "com.docker.network.driver.mtu": str(mtu),
-                    },
+                    labels={_LAB: self.naming.id, _TOPOLOGY: topology},
+                    options=options,
                 )
             except APIError as error:
                 if "overlap" in str(error):  # another lab took it since we looked
                     continue
                 raise SwarmmailError(str(error.explanation), step="make the lab's network") from error
-            report.progress(f"network {subnet} made (bridge {self.naming.bridge}, MTU {mtu})")
+            report.progress(f"network {subnet} made (bridge {bridge}, MTU {mtu})")
             return subnet
         raise SwarmmailError("no free subnet left in 198.18.0.0/15", step="make the lab's network")
 
-    def find_network(self) -> IPv4Network | None:
-        for network in self.client.api.networks(filters={"label": f"{_LAB}={self.naming.id}"}):
-            return IPv4Network(network["IPAM"]["Config"][0]["Subnet"])
-        return None
+    def find_network(self) -> Subnets | None:
+        found = self._found()
+        inner = found.get(self.naming.inner_network)
+        outer = found.get(self.naming.network)
+        return Subnets(outer[0], inner[0] if inner else None) if outer else None
+
+    def _found(self) -> dict[str, tuple[IPv4Network, Topology]]:
+        """Subnet of each network that is there, and the topology it was made for."""
+        return {
+            network["Name"]: (
+                IPv4Network(network["IPAM"]["Config"][0]["Subnet"]),
+                TOPOLOGIES[network["Labels"].get(_TOPOLOGY, "flat")],
+            )
+            for network in self.client.api.networks(filters={"label": f"{_LAB}={self.naming.id}"})
+        }
 
     def _docker_subnets(self) -> list[IPv4Network]:
         return [
@@ -135,10 +164,13 @@ class ContainerDriver:
                 address=container["Labels"][_ADDRESS],
                 variant=container["Labels"][_VARIANT],
                 state=container["State"],
+                nat=container["Labels"].get(_TOPOLOGY) == "nat",
             )
-            for container in self.client.api.containers(all=True, filters={"label": f"{_LAB}={self.naming.id}"})
+            for container in self.client.api.containers(
+                all=True, filters={"label": [f"{_LAB}={self.naming.id}", _HOST]}
+            )
         ]
-        listed.sort(key=lambda machine: ip_address(machine.address))
+        listed.sort(key=lambda machine: int(machine.address.rpartition(".")[2]))  # the number is for life
         if memory:
             listed = _parallel(self._weighed, listed)
         return listed
@@ -156,18 +188,19 @@ class ContainerDriver:
 
     def ensure(self, wanted: Sequence[Planned], access: Access) -> list[str]:
         present = {machine.name: machine for machine in self.machines()}
-        subnet = self.find_network()
-        if subnet is None:
+        subnets = self.find_network()
+        if subnets is None:
             raise SwarmmailError("the lab's network is gone", step="lab", hint="lab.down, then lab.up")
         self._check_room(len([h for h in wanted if h.name not in present or present[h.name].state != "running"]))
         missing: list[Variant] = sorted({host.variant for host in wanted if host.name not in present})
         images = {variant: image.ensure(self.client, variant) for variant in missing}
+        changed = self._route(subnets)
 
         def bring(host: Planned) -> str | None:
             started = time.monotonic()
             try:
-                change = self._start(host, present.get(host.name), subnet, images, access)
-                version = self._wait(host, host.address(subnet))
+                change = self._start(host, present.get(host.name), subnets, images, access)
+                version = self._wait(host, subnets.address(host))
                 if self._let_in(host, access) and change is None:
                     change = "access renewed"
             except (DockerException, OSError) as error:
@@ -177,11 +210,82 @@ class ContainerDriver:
             if change:
                 seconds = time.monotonic() - started
                 what = f"SSH and Docker {version} answer" if version else "SSH answers"
-                report.progress(f"{change}; {what} at {host.address(subnet)} after {seconds:.1f} s", host.name)
+                report.progress(f"{change}; {what} at {subnets.address(host)} after {seconds:.1f} s", host.name)
                 return host.name
             return None
 
-        return [name for name in _parallel(bring, list(wanted)) if name]
+        return changed + [name for name in _parallel(bring, list(wanted)) if name]
+
+    # --- the router ---
+
+    def router(self) -> str:
+        found = self.client.api.containers(all=True, filters={"name": f"^/{self.naming.router}$"})
+        return str(found[0]["State"]) if found else ""
+
+    def _route(self, subnets: Subnets) -> list[str]:
+        """Get the router running where there is to be one (``image/lab-router`` says what it does)."""
+        if subnets.inner is None:
+            return []
+        api, name = self.client.api, self.naming.router
+        before = self.router()
+        try:
+            if before == "paused":
+                api.unpause(name)
+            elif before != "running":
+                if not before:
+                    self._create_router(subnets)
+                if self.naming.inner_network not in api.inspect_container(name)["NetworkSettings"]["Networks"]:
+                    api.connect_container_to_network(name, self.naming.inner_network, ipv4_address=subnets.gateway)
+                api.start(name)
+            self._wait_for_translation()
+        except (DockerException, OSError) as error:
+            raise SwarmmailError(f"{error}\n{self._last_words('router')}", host="router", step="lab.up") from error
+        if before == "running":
+            return []
+        report.progress(f"translates {subnets.inner} to {subnets.router}", "router")
+        return ["router"]
+
+    def _create_router(self, subnets: Subnets) -> None:
+        make = partial(
+            self.client.api.create_container,
+            image.ensure(self.client, "host"),
+            name=self.naming.router,
+            hostname="router",
+            entrypoint=["/usr/local/sbin/lab-router"],
+            labels={_LAB: self.naming.id},
+            environment={
+                "LAB_INSIDE": subnets.gateway,
+                "LAB_OUTSIDE": subnets.router,
+                "LAB_UPLINK": str(subnets.outer.network_address + 1),
+            },
+            stop_signal="SIGKILL",
+            networking_config={
+                "EndpointsConfig": {self.naming.network: {"IPAMConfig": {"IPv4Address": subnets.router}}}
+            },
+            host_config={
+                "NetworkMode": self.naming.network,
+                "CapDrop": ["ALL"],
+                "CapAdd": ["NET_ADMIN", "NET_RAW"],
+                "MaskedPaths": [],
+                "ReadonlyPaths": [],  # it sets sysctls of its own network
+                "RestartPolicy": {"Name": "unless-stopped"},
+            },
+        )
+        self._new(self.naming.router, make)
+
+    def _wait_for_translation(self) -> None:
+        for attempt in Retrying(
+            retry=retry_if_exception_type(OSError), wait=wait_fixed(0.05), stop=stop_after_delay(_ROUTER), reraise=True
+        ):
+            with attempt:
+                try:
+                    code, output = self._run("router", ["nft", "list", "table", "ip", "router"], 10)
+                except APIError as error:  # 409: it is being started again
+                    raise ConnectionError(str(error)) from error
+                if code:
+                    raise ConnectionError(f"the router does not translate: {output}")
+
+    # --- hosts ---
 
     def _check_room(self, more: int) -> None:
         """The kernel's limit on inotify instances is one for root on the whole machine, hosts included.
@@ -189,7 +293,7 @@ class ContainerDriver:
         Over it, systemd in the host fails at boot with "Too many open files".
         """
         limit = int(Path("/proc/sys/fs/inotify/max_user_instances").read_text())
-        running = len(self.client.api.containers(filters={"label": _LAB}))  # other labs' too
+        running = len(self.client.api.containers(filters={"label": [_LAB, _HOST]}))  # other labs' too
         if more and (running + more) * _INOTIFY + _INOTIFY_REST > limit:
             raise SwarmmailError(
                 f"{running + more} hosts need {(running + more) * _INOTIFY + _INOTIFY_REST} inotify instances, "
@@ -202,7 +306,7 @@ class ContainerDriver:
         self,
         host: Planned,
         machine: Machine | None,
-        subnet: IPv4Network,
+        subnets: Subnets,
         images: dict[Variant, str],
         access: Access,
     ) -> str | None:
@@ -214,17 +318,20 @@ class ContainerDriver:
             self.client.api.unpause(container)
             return "unpaused"
         if machine is None:
-            self._create(host, images[host.variant], subnet)
+            self._create(host, images[host.variant], subnets)
         self.client.api.put_archive(container, "/", _access_files(access))
         self.client.api.start(container)
         return "made" if machine is None or machine.state == "created" else "started"
 
-    def _create(self, host: Planned, image_tag: str, subnet: IPv4Network) -> None:
+    def _create(self, host: Planned, image_tag: str, subnets: Subnets) -> None:
+        inside = subnets.inside(host.name)
+        network = self.naming.inner_network if inside else self.naming.network
         labels = {
             _LAB: self.naming.id,
             _HOST: host.name,
             _VARIANT: host.variant,
-            _ADDRESS: host.address(subnet),
+            _ADDRESS: subnets.address(host),
+            _TOPOLOGY: "nat" if inside else "flat",
         }
         volume = self.naming.volume(host.name)
         # A volume without its host belongs to nobody: a new host starts empty.
@@ -236,13 +343,15 @@ class ContainerDriver:
             name=self.naming.container(host.name),
             hostname=host.name,
             labels=labels,
-            environment={"container": "docker", "LAB_RESOLVERS": " ".join(_resolvers())},
-            stop_signal="SIGRTMIN+3",
-            networking_config={
-                "EndpointsConfig": {self.naming.network: {"IPAMConfig": {"IPv4Address": host.address(subnet)}}}
+            environment={
+                "container": "docker",
+                "LAB_RESOLVERS": " ".join(_resolvers()),
+                "LAB_GATEWAY": subnets.gateway if inside else "",
             },
+            stop_signal="SIGRTMIN+3",
+            networking_config={"EndpointsConfig": {network: {"IPAMConfig": {"IPv4Address": subnets.address(host)}}}},
             host_config={
-                "NetworkMode": self.naming.network,
+                "NetworkMode": network,
                 "CapDrop": ["ALL"],
                 "CapAdd": rights.grantable(),
                 "SecurityOpt": rights.SECURITY_OPTIONS,
@@ -263,13 +372,16 @@ class ContainerDriver:
                 "RestartPolicy": {"Name": "unless-stopped"},
             },
         )
+        self._new(self.naming.container(host.name), make)
+
+    def _new(self, container: str, make: Callable[[], object]) -> None:
         try:
             make()
         except APIError as error:
             if error.status_code != 409:
                 raise
             # The name is taken by a container that was not listed: what a killed `up` had asked Docker for.
-            _gone(partial(self.client.api.remove_container, self.naming.container(host.name), force=True, v=True))
+            _gone(partial(self.client.api.remove_container, container, force=True, v=True))
             make()
 
     def _wait(self, host: Planned, address: str) -> str:

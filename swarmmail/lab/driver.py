@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Network
 from typing import Protocol
 
-from swarmmail.lab.naming import Planned, Variant
+from swarmmail.lab.naming import Planned, Subnets, Topology, Variant
 
 
 @dataclass(frozen=True)
@@ -34,23 +33,29 @@ class Machine:
     variant: Variant
     state: str  # the driver's word: running, exited, ...
     memory: int | None = None  # bytes in use, without the page cache; None: not running
+    nat: bool = False  # behind the lab's router
 
 
 class Driver(Protocol):
     """Raises SwarmmailError (host, step, last journal lines) when a machine does not come up."""
 
-    def network(self) -> IPv4Network:
-        """Make the lab's network if there is none. Its subnet."""
+    def network(self, topology: Topology | None) -> Subnets:
+        """Make what is missing of the lab's networks. ``topology`` None: what is there, else ``flat``.
 
-    def find_network(self) -> IPv4Network | None:
-        """The subnet of the lab's network, if there is one."""
+        Raises SwarmmailError when the networks that are there are of another topology."""
+
+    def find_network(self) -> Subnets | None:
+        """The lab's networks, if there are any."""
+
+    def router(self) -> str:
+        """The state of the router in the driver's word; empty where there is none."""
 
     def machines(self, memory: bool = False) -> list[Machine]:
         """All machines of this lab, in the order of their addresses. Memory only if asked: it takes time."""
 
     def ensure(self, wanted: Sequence[Planned], access: Access) -> list[str]:
         """Make what is missing, start what stands still, let ``access`` in, wait until SSH answers
-        (and Docker, in the variant that has it). The names of those that were changed."""
+        (and Docker, in the variant that has it). The names of those that were changed, the router's too."""
 
     def host_keys(self, names: Sequence[str]) -> dict[str, str]:
         """Each machine's SSH host key as "type base64", asked of the machine itself, not of the network."""

@@ -125,6 +125,7 @@ def inventory(machines: Sequence[Machine]) -> str:
             f"  {machine.name}:",
             f"    address: {machine.address}",
             f"    role: {'manager' if number < managers else 'worker'}",
+            *(["    nat: true"] if machine.nat else []),
         ]
     last = machines[min(2, len(machines) - 1)]
     lines += [

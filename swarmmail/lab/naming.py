@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 Variant = Literal["host", "bare"]
+Topology = Literal["flat", "nat"]
+TOPOLOGIES: dict[str, Topology] = {"flat": "flat", "nat": "nat"}
 
 # RFC 2544 sets this range aside for test set-ups: nobody routes it, and neither Docker's default pools
 # (172.17/12, 192.168/16) nor Swarm's (10/8) reach into it. 512 labs of 254 addresses.
@@ -20,6 +22,10 @@ _POOL = IPv4Network("198.18.0.0/15")
 MAX_HOSTS = 40
 MAX_BARE = 9
 _FIRST_HOST, _FIRST_BARE = 11, 51
+_ROUTER = 254
+INSIDE = "host3"
+"""The host behind the router, with the topology ``nat``. One only: of two, neither could open a connection to the
+other. The third, because the lab's inventory puts the mailboxes there: every mail has to cross the router."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,35 @@ class Planned:
 
     def address(self, subnet: IPv4Network) -> str:
         return str(subnet.network_address + self.number)
+
+
+@dataclass(frozen=True)
+class Subnets:
+    """The lab's networks: one that every host is on, or with ``inner`` a second one behind a router."""
+
+    outer: IPv4Network
+    inner: IPv4Network | None = None
+
+    @property
+    def topology(self) -> Topology:
+        return "nat" if self.inner else "flat"
+
+    @property
+    def router(self) -> str:
+        """The router's address outside: what the world sees of the host behind it."""
+        return str(self.outer.network_address + _ROUTER)
+
+    @property
+    def gateway(self) -> str:
+        """The router's address inside; empty where there is none."""
+        return str(self.inner.network_address + _ROUTER) if self.inner else ""
+
+    def inside(self, host: str) -> bool:
+        return self.inner is not None and host == INSIDE
+
+    def address(self, host: Planned) -> str:
+        subnet = self.inner if self.inner and self.inside(host.name) else self.outer
+        return host.address(subnet)
 
 
 @dataclass(frozen=True)
@@ -52,6 +87,19 @@ class Naming:
     def bridge(self) -> str:
         """Name of the bridge device: at most 15 characters (IFNAMSIZ), so shorter than the others."""
         return f"sm-{self.id}"
+
+    @property
+    def inner_network(self) -> str:
+        return f"{self.network}-inner"
+
+    @property
+    def inner_bridge(self) -> str:
+        return f"{self.bridge}-in"
+
+    @property
+    def router(self) -> str:
+        """The router's container."""
+        return self.container("router")
 
     def container(self, host: str) -> str:
         return f"swarmmail-{self.id}-{host}"
@@ -77,9 +125,9 @@ def planned(hosts: int, bare: int = 0) -> list[Planned]:
     ]
 
 
-def addresses(subnet: IPv4Network) -> list[str]:
+def addresses(subnets: Subnets) -> list[str]:
     """Every address that a host of this lab can ever have: what the lab's certificate is good for."""
-    return [host.address(subnet) for host in planned(MAX_HOSTS, MAX_BARE)]
+    return [subnets.address(host) for host in planned(MAX_HOSTS, MAX_BARE)]
 
 
 def routes(table: str) -> list[tuple[str, IPv4Network]]:

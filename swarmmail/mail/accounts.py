@@ -7,6 +7,10 @@ one while the MDA is away. A script in each image does the work inside; labels o
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+from collections.abc import Iterator
+
 import tenacity
 
 from swarmmail.hosts.fleet import Fleet
@@ -50,6 +54,18 @@ class Accounts:
         finally:
             self.sync()
 
+    @contextlib.contextmanager
+    def temporary(self, address: str) -> Iterator[str]:
+        """An account that exists only meanwhile; yields its password. What a killed run left of it is removed first."""
+        password = secrets.token_urlsafe(24)
+        if address in self.list():
+            self.remove(address, mail=True)
+        self.add(address, password)
+        try:
+            yield password
+        finally:
+            self.remove(address, mail=True)
+
     def sync(self, patience: float = 0) -> None:
         """Give the MTA the list of recipients. Run again, it repairs a list that is behind.
 
@@ -64,6 +80,6 @@ class Accounts:
         )(self._sync)
 
     def _sync(self) -> None:
-        addresses = "".join(f"{address}\n" for address in self.list())
+        addresses = "".join(f"{address}\n" for address in self.list()) or "\n"  # never an empty input, see Container
         command = self.mta.labels.get(*RECIPIENTS)
         self.mta.call(command, stdin=addresses, step="tell the MTA its recipients")

@@ -18,13 +18,16 @@ import docker.errors
 from ruamel.yaml import YAML
 
 from swarmmail import report
-from swarmmail.cluster import images, lock, swarm
+from swarmmail.cluster import bootstrap, images, lock, swarm
+from swarmmail.hosts.facts import gather
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail import services
 from swarmmail.mail.services import Seen
 from swarmmail.model import content
 from swarmmail.model import stack as model
+from swarmmail.model.bootstrap import Observed, silent
 from swarmmail.model.errors import Deadline, HostError, InputError, Refused, Unreachable
+from swarmmail.model.inventory import Inventory
 from swarmmail.model.placement import LIVE, Place, place
 from swarmmail.model.stack import Filling, Service, StackFile
 from swarmmail.model.swarm import PLACED
@@ -80,7 +83,7 @@ def run(fleet: Fleet) -> bool:
         Refused: the wanted state contradicts where data is, or a port is taken.
         SwarmmailError: a step failed, or a task does not run what was asked.
     """
-    stack = model.read(fleet.inventory)
+    stack = check(fleet.inventory)
     plan = decide(fleet, stack)
     for note in plan.notes:
         report.progress(note)
@@ -93,6 +96,13 @@ def run(fleet: Fleet) -> bool:
     return True
 
 
+def check(inventory: Inventory) -> StackFile:
+    """The stack file, and all that can be judged of it without a host. Raises InputError."""
+    stack = model.read(inventory)
+    _secrets(inventory, stack)
+    return stack
+
+
 def show(plan: Plan) -> None:
     for change in plan.changes:
         report.result(f"+ {change.what}")
@@ -100,13 +110,24 @@ def show(plan: Plan) -> None:
             report.result(f"    {line}")
 
 
-def decide(fleet: Fleet, stack: StackFile, built: Mapping[str, images.ImageInfo] | None = None) -> Plan:
-    """Observe and compare. ``built``: images that were just built, by tag."""
+def decide(
+    fleet: Fleet,
+    stack: StackFile,
+    built: Mapping[str, images.ImageInfo] | None = None,
+    before: Observed | None = None,
+) -> Plan:
+    """Observe and compare. ``built``: images that were just built, by tag. ``before``: what was observed a moment ago,
+    when nothing was changed since but images; then only the Swarm is read anew."""
     inventory = fleet.inventory
     assert inventory.stack is not None
-    seen = services.observe(fleet)
+    if before is None:
+        for name in set(inventory.stack.placement.values()):
+            fleet[name].open_docker()  # asked for images below
+    seen = services.observe(fleet, bootstrap.look_again(fleet, before) if before is not None else None)
     if inventory.network.name not in seen.swarm.networks:
         raise Refused(f"there is no overlay {inventory.network.name}", step="deploy", hint="run: fab bootstrap")
+    for name in silent(seen.observed.hosts):
+        raise HostError("Docker does not answer", host=name, step="deploy", hint="run: fab bootstrap")
     notes = _silent_hosts(inventory.stack.placement, seen)
     unlabelled = [name for name in inventory.hosts if seen.swarm.node_of(name) is None]
     if unlabelled:
@@ -135,8 +156,13 @@ def decide(fleet: Fleet, stack: StackFile, built: Mapping[str, images.ImageInfo]
     to_build = tuple(
         service for service in stack.services.values() if service.build is not None and service.image not in known
     )
+    there = inventory.stack.build  # an image that is built on a host is there
+    missing = {
+        name: [host for host in hosts if host != there or stack.services[name] not in to_build]
+        for name, hosts in missing.items()
+    }
     commands = {name: _command(service, known.get(service.image), seen) for name, service in stack.services.items()}
-    files, secrets, configs = _files(fleet, stack)
+    files, secrets, configs = _files(inventory, stack)
     filling = Filling(commands, {n: _generation(n, p, seen) for n, p in places.items()}, secrets, configs)
     rendered = model.render(stack, inventory, filling)
     canonical = _canonical(fleet, stack, seen, rendered)
@@ -216,7 +242,11 @@ def _ports_free(fleet: Fleet, stack: StackFile, seen: Seen, places: Mapping[str,
         )
         if runs_there:
             continue
-        taken = sorted(set(stack.services[name].ports) & seen.observed.hosts[where.host].listening)
+        wanted = set(stack.services[name].ports)
+        taken = sorted(wanted & seen.observed.hosts[where.host].listening)
+        if taken and not _own_container(fleet, stack, where.host, name):
+            # a container of ours that ended since the facts were read may have had them
+            taken = sorted(wanted & gather(fleet[where.host]).listening)
         if taken and not _own_container(fleet, stack, where.host, name):
             raise Refused(
                 f"port {', '.join(map(str, taken))} is taken by another program",
@@ -274,19 +304,13 @@ def _command(service: Service, image: images.ImageInfo | None, seen: Seen) -> tu
     return (*entrypoint, *(service.command if service.command is not None else inherited))
 
 
-def _files(fleet: Fleet, stack: StackFile) -> tuple[dict[tuple[str, str], bytes], dict[str, str], dict[str, str]]:
+def _files(
+    inventory: Inventory, stack: StackFile
+) -> tuple[dict[tuple[str, str], bytes], dict[str, str], dict[str, str]]:
     """Configs and secrets: contents, and the names by content of those that the stack file uses."""
     files: dict[tuple[str, str], bytes] = {}
     secrets: dict[str, str] = {}
-    used = stack.document.value.get("secrets") or {}
-    tls = fleet.inventory.stack.tls if fleet.inventory.stack is not None else None
-    for name, which in model.SECRETS.items():
-        if name not in used:
-            continue
-        if tls is None:
-            raise InputError([f"{fleet.inventory.path}: stack.tls: missing; {stack.path} uses the secret {name}"])
-        _check_pair(fleet, tls)
-        data = getattr(tls, which).read_bytes()
+    for name, data in _secrets(inventory, stack).items():
         secrets[name] = f"{stack.name}_{name}_{content.digest(data)}"
         files[("secret", secrets[name])] = data
     fence = f"{stack.name}_fence_{content.digest(_FENCE)}"
@@ -294,14 +318,25 @@ def _files(fleet: Fleet, stack: StackFile) -> tuple[dict[tuple[str, str], bytes]
     return files, secrets, {model.FENCE: fence}
 
 
-def _check_pair(fleet: Fleet, tls: Any) -> None:
+def _secrets(inventory: Inventory, stack: StackFile) -> dict[str, bytes]:
+    """The secrets that the stack file uses, from the files that the inventory names."""
+    used = [name for name in model.SECRETS if name in (stack.document.value.get("secrets") or {})]
+    tls = inventory.stack.tls if inventory.stack is not None else None
+    if used and tls is None:
+        raise InputError([f"{inventory.path}: stack.tls: missing; {stack.path} uses the secret {used[0]}"])
+    if used:
+        _check_pair(inventory, tls)
+    return {name: getattr(tls, model.SECRETS[name]).read_bytes() for name in used}
+
+
+def _check_pair(inventory: Inventory, tls: Any) -> None:
     """Postfix and Dovecot would start with a certificate that is not the key's, and refuse every client."""
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, password=lambda: "")
     except (ssl.SSLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or str(error)
         raise InputError(
-            [f"{fleet.inventory.path}: stack.tls: {tls.certificate.name} and {tls.key.name} are no pair: {reason}"]
+            [f"{inventory.path}: stack.tls: {tls.certificate.name} and {tls.key.name} are no pair: {reason}"]
         ) from None
 
 
@@ -344,7 +379,7 @@ def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
         where = images.builder(fleet, fleet.inventory.stack.build)
         built = {service.image: images.build(where, _folder(service), service.image) for service in plan.build}
         images.ship(fleet, where, {stack.services[name].image: hosts for name, hosts in plan.ship.items()})
-        plan = decide(fleet, stack, built)  # only now it is known what the images run
+        plan = decide(fleet, stack, built, plan.seen.observed)  # only now it is known what the images run
     for name, where_to in plan.places.items():
         if where_to.new:
             _make_volumes(fleet, stack, stack.services[name], where_to, plan.seen)
@@ -378,6 +413,18 @@ def _folder(service: Service) -> Any:
     return service.build
 
 
+# What is in a volume is a container's to write: no link is followed, and the marker is made outside of the volume.
+_MARK = """
+found=$(ls -A | grep -v "^[.]swarmmail-volume" | head -1)
+if [ -n "$found" ] && { [ ! -f .swarmmail-volume ] || [ -L .swarmmail-volume ]; }; then
+  echo "holds $found and has no marker" >&2; exit 3
+fi
+@OWN@
+made=$(mktemp ../.swarmmail.XXXXXX) || exit 1
+{ cat >"$made" && chmod 644 "$made" && mv -fT "$made" .swarmmail-volume; } || { rm -f "$made"; exit 1; }
+"""
+
+
 def _make_volumes(fleet: Fleet, stack: StackFile, service: Service, where: Place, seen: Seen) -> None:
     """Make the volumes with their markers. A volume that holds anything else is somebody's data: refused."""
     host = fleet[where.host]
@@ -403,14 +450,8 @@ def _make_volumes(fleet: Fleet, stack: StackFile, service: Service, where: Place
                 "",
             )
         )
-        script = (
-            f"cd {shlex.quote(folder)} || exit 1\n"
-            'found=$(ls -A | grep -v "^[.]swarmmail-volume" | head -1)\n'
-            'if [ ! -e .swarmmail-volume ] && [ -n "$found" ]; then\n'
-            'echo "holds $found and has no marker" >&2; exit 3; fi\n'
-            f"{f'chown {owner} .' if owner else ':'}\n"
-            "umask 022; cat >.swarmmail-volume.new && mv .swarmmail-volume.new .swarmmail-volume\n"
-        )
+        own = f"chown {owner} ." if owner else ":"
+        script = f"cd {shlex.quote(folder)} || exit 1\n{_MARK.replace('@OWN@', own)}"
         result = host.run(script, stdin=marker, step=f"make volume {name}", check=False)
         if result.status == 3:
             raise Refused(
@@ -489,15 +530,15 @@ def _wait(fleet: Fleet, stack: StackFile, plan: Plan, before: frozenset[str] | N
     settle = SETTLES if back or (plan.is_empty and _has_just_changed(plan.seen)) else 0
     while True:
         seen = services.observe(fleet, plan.seen.observed)
-        states = {name: _state(fleet, stack, seen, name, trouble) for name in stack.services}
-        if any(state != "ready" for state in states.values()):
+        missing = {name: _missing(fleet, stack, seen, name, trouble) for name in stack.services}
+        if any(missing.values()):
             ready_since = None
         elif ready_since is None:
             ready_since = time.monotonic()
         if ready_since is not None and time.monotonic() - ready_since >= settle:
             return
         if time.monotonic() > deadline:
-            waiting = ", ".join(f"{name}: {state}" for name, state in states.items() if state != "ready")
+            waiting = ", ".join(f"{name}: {what}" for name, what in missing.items() if what)
             raise Deadline(
                 f"not running after {START_LIMIT} s: {waiting}", step="deploy", hint="see: fab status; then fab deploy"
             )
@@ -505,7 +546,8 @@ def _wait(fleet: Fleet, stack: StackFile, plan: Plan, before: frozenset[str] | N
         pause = min(0.5, pause * 1.5)
 
 
-def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Trouble) -> str:
+def _missing(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Trouble) -> str:
+    """What keeps a service from running as it should; empty when nothing does."""
     raw = seen.services.get(name)
     if raw is None:
         return "no such service"
@@ -530,7 +572,7 @@ def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Trou
         if time.monotonic() - trouble.pending.setdefault(newest["ID"], time.monotonic()) > patience:
             raise HostError(problem, step=f"start {name}", hint="see: fab status")
     if state != "running" or not alive:
-        return f"{state} {problem}".strip()
+        return f"its task is {state} {problem}".strip()
     container = (status.get("ContainerStatus") or {}).get("ContainerID")
     if not container or host not in fleet.inventory.hosts:
         return "running on a host that is not in the inventory"
@@ -543,7 +585,7 @@ def _state(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Trou
     if image is None or there["Image"] != image.id:
         return "runs another image"
     health = (there["State"].get("Health") or {}).get("Status", "healthy")
-    return "ready" if health == "healthy" and there["State"]["Running"] else f"running, {health}"
+    return "" if health == "healthy" and there["State"]["Running"] else f"its task is running, {health}"
 
 
 def _cannot_start(fleet: Fleet, seen: Seen, name: str, task: Mapping[str, Any]) -> HostError:

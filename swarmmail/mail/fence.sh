@@ -33,6 +33,7 @@ is_empty() {
 check() {
     volume=$1 marker=$1/.swarmmail-volume
     [ -d "$volume" ] || refuse "nothing is mounted at $volume; correct the volumes of the stack file and deploy again."
+    [ ! -L "$marker" ] || refuse "the marker $marker is a link, which swarmmail never makes; run 'fab status' before you touch the volume."
     if [ ! -e "$marker" ]; then
         if is_empty "$volume"; then
             refuse "the volume at $volume is empty, its data is somewhere else or lost; run 'fab status' to see where it is."

@@ -21,6 +21,7 @@ from swarmmail import report
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail.accounts import Accounts
 from swarmmail.model.errors import HostError, InputError, SwarmmailError
+from swarmmail.model.inventory import Inventory
 from swarmmail.model.stack import StackFile
 
 USER = "swarmmail-probe"
@@ -61,22 +62,21 @@ def run(fleet: Fleet, stack: StackFile, token: str | None = None) -> Outcome:
     Raises:
         SwarmmailError: which side failed, and how.
     """
-    inventory = fleet.inventory
-    assert inventory.stack is not None
-    domain = inventory.stack.settings.get("MAIL_DOMAIN", "").split()
-    if not domain:
-        raise InputError([f"{inventory.path}: stack.settings.MAIL_DOMAIN: missing; the probe needs an address in it"])
-    address = f"{USER}@{domain[0].rstrip(',')}"
+    recipient = address(fleet.inventory)
+    if recipient is None:
+        raise InputError(
+            [f"{fleet.inventory.path}: stack.settings.MAIL_DOMAIN: missing; the probe needs an address in it"]
+        )
     accounts = Accounts(fleet)
     token = secrets.token_hex(16) if token is None else token
-    password = secrets.token_urlsafe(24)
-    if address in accounts.list():
-        accounts.remove(address, mail=True)  # of a run that was killed
-    accounts.add(address, password)
-    try:
-        return _send_and_read(fleet, stack, accounts, address, password, token)
-    finally:
-        accounts.remove(address, mail=True)
+    with accounts.temporary(recipient) as password:
+        return _send_and_read(fleet, stack, accounts, recipient, password, token)
+
+
+def address(inventory: Inventory) -> str | None:
+    """The probe's address, in the first domain of the stack; None when its settings name none."""
+    domain = inventory.stack.settings.get("MAIL_DOMAIN", "").split() if inventory.stack is not None else []
+    return f"{USER}@{domain[0].rstrip(',')}" if domain else None
 
 
 def _send_and_read(

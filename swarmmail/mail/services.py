@@ -10,6 +10,7 @@ from typing import Any
 from swarmmail.cluster import bootstrap
 from swarmmail.hosts.connection import Host, Result
 from swarmmail.hosts.fleet import Fleet
+from swarmmail.model import bootstrap as model
 from swarmmail.model.bootstrap import Observed
 from swarmmail.model.errors import HostError, Refused, Unreachable
 from swarmmail.model.stack import ROLE_LABEL, STACK_LABEL
@@ -47,6 +48,8 @@ def observe(fleet: Fleet, observed: Observed | None = None) -> Seen:
     if swarm is None and silent:
         name, why = next(iter(silent.items()))
         raise Unreachable(why, host=name, step="ssh", hint="no other host is a manager that answers")
+    if swarm is None and (mute := model.silent(observed.hosts)):
+        raise HostError("Docker does not answer", host=mute[0], step="read the Swarm", hint="run: fab bootstrap")
     if swarm is None or swarm.cluster != fleet.inventory.cluster:
         raise Refused(
             f"there is no Swarm of cluster {fleet.inventory.cluster} yet", step="deploy", hint="run: fab bootstrap"
@@ -85,12 +88,17 @@ class Container:
 
     def exec(self, command: str, stdin: str = "", *, step: str, timeout: float = 30, check: bool = True) -> Result:
         """Run a shell command inside, with ``stdin``; what is secret goes there, not into ``command``."""
-        words = f"docker exec -i {self.id} sh -c {shlex.quote(command)}"
+        words = f"{self._exec(stdin)} sh -c {shlex.quote(command)}"
         return self.host.run(words, stdin=stdin, step=step, timeout=timeout, check=check)
+
+    def _exec(self, stdin: str) -> str:
+        """Without input no ``-i``: an input that ends at once may be lost, and the exec then waits for ever
+        (moby/moby#37870)."""
+        return f"docker exec {'-i ' if stdin else ''}{self.id}"
 
     def call(self, command: str, *arguments: str, stdin: str = "", step: str) -> str:
         """Run a program inside; its output. Its own one-line error becomes ours."""
-        words = " ".join(["docker exec -i", self.id, command, *map(shlex.quote, arguments)])
+        words = " ".join([self._exec(stdin), command, *map(shlex.quote, arguments)])
         result = self.host.run(words, stdin=stdin, step=step, timeout=60, check=False)
         if not result.ok:
             lines = (result.stderr or result.stdout).strip().splitlines()
@@ -112,6 +120,10 @@ def running(fleet: Fleet, seen: Seen, role: str) -> Container:
             container = (task["Status"].get("ContainerStatus") or {}).get("ContainerID")
             host = seen.host_of(task)
             if task["Status"]["State"] == "running" and container and host in fleet.inventory.hosts:
+                if host in model.silent(seen.observed.hosts):  # the Swarm has not noticed yet
+                    raise HostError(
+                        "Docker does not answer", host=host, step=f"find the {role}", hint="run: fab bootstrap"
+                    )
                 return Container(fleet[host], container, name, labels)
         raise Refused(f"service {name} ({role}) does not run now", step=f"find the {role}", hint="see: fab status")
     raise Refused(

@@ -31,6 +31,11 @@ def managers(inventory: Inventory) -> list[str]:
     return wanted if len(wanted) % 2 else wanted[:-1]
 
 
+def silent(hosts: Mapping[str, HostFacts]) -> list[str]:
+    """The hosts that have Docker, and it does not answer."""
+    return [name for name, facts in hosts.items() if "dockerd" in facts.programs and not facts.engine]
+
+
 @dataclass(frozen=True)
 class Observed:
     """Facts of every host, and the Swarm as a manager of it sees it (None: there is none yet)."""
@@ -89,10 +94,14 @@ def design(inventory: Inventory, observed: Observed, files: Mapping[str, str]) -
     settings = inventory.network
     chosen = [IPv4Network(subnet) for subnet in (settings.subnet, settings.tunnel_subnet) if subnet != "auto"]
     block = net.free_block(used + chosen)
+    other = "choose another, or write network.{}: auto"
     if settings.subnet != "auto" and overlay is None:
-        _is_free("subnet", IPv4Network(settings.subnet), hosts, inventory, [])
+        wanted = IPv4Network(settings.subnet)
+        _is_free(f"network.subnet {wanted}", wanted, hosts, inventory, [], other.format("subnet"))
     if settings.tunnel_subnet != "auto" and encryption == "wireguard":
-        _is_free("tunnel_subnet", IPv4Network(settings.tunnel_subnet), hosts, inventory, own)
+        wanted = IPv4Network(settings.tunnel_subnet)
+        _is_free(f"network.tunnel_subnet {wanted}", wanted, hosts, inventory, own, other.format("tunnel_subnet"))
+    _newcomers_fit(inventory, observed, encryption, own)
     mesh = None
     if encryption == "wireguard":
         nodes = observed.swarm.nodes.values() if observed.swarm else ()
@@ -103,17 +112,52 @@ def design(inventory: Inventory, observed: Observed, files: Mapping[str, str]) -
 
 
 def _is_free(
-    key: str, wanted: IPv4Network, hosts: Mapping[str, HostFacts], inventory: Inventory, own: list[IPv4Network]
+    what: str,
+    wanted: IPv4Network,
+    hosts: Mapping[str, HostFacts],
+    inventory: Inventory,
+    own: list[IPv4Network],
+    hint: str,
 ) -> None:
     for name, facts in hosts.items():
         for used in net.taken([facts], inventory):
             if wanted.overlaps(used) and not any(used.subnet_of(network) for network in own):
                 raise Refused(
-                    f"network.{key} {wanted} overlaps {used}, which this host uses",
-                    host=name,
-                    step="choose subnets",
-                    hint=f"choose another, or write {key}: auto",
+                    f"{what} overlaps {used}, which this host uses", host=name, step="choose subnets", hint=hint
                 )
+
+
+def _newcomers_fit(inventory: Inventory, observed: Observed, encryption: str, own: list[IPv4Network]) -> None:
+    """The subnets that are there were chosen by the hosts of that time: a host that comes later may use them for
+    something else, and would lose the way there, or to the mail."""
+    if observed.swarm is not None:
+        overlay = observed.swarm.networks.get(inventory.network.name)
+        stopped = silent(observed.hosts)  # a member, maybe
+        joining = {n: f for n, f in observed.hosts.items() if n not in stopped and f.node not in observed.swarm.nodes}
+        if overlay is not None and overlay.subnet:
+            _is_free(
+                f"the overlay's subnet {overlay.subnet}",
+                IPv4Network(overlay.subnet),
+                joining,
+                inventory,
+                own,
+                "give that up on the host; or remove the stack, docker network rm "
+                f"{overlay.name}, and run bootstrap and deploy again: volumes stay",
+            )
+    bare = {
+        name: facts
+        for name, facts in observed.hosts.items()
+        if not (facts.mesh.config or facts.mesh.address or facts.mesh.public_key or facts.mesh.guarded)
+    }
+    if encryption == "wireguard" and own and bare:
+        _is_free(
+            f"the tunnel's subnet {own[0]}",
+            own[0],
+            bare,
+            inventory,
+            [],
+            "give that up on the host: the tunnel's subnet can't be changed in place",
+        )
 
 
 def plan(design: Design) -> Plan:
@@ -146,9 +190,9 @@ def plan(design: Design) -> Plan:
         steps += _engine(name, facts, design)
         steps += _mesh(name, facts, design)
     memberships = {name: _membership(name, facts, design) for name, facts in hosts.items()}
-    if silent := [name for name, facts in hosts.items() if "dockerd" in facts.programs and not facts.engine]:
+    if mute := silent(hosts):
         # They may be members: to join them anew would take a good node from the Swarm.
-        waits.append(f"Docker does not answer on {', '.join(silent)}; when it does, the rest of the plan shows")
+        waits.append(f"Docker does not answer on {', '.join(mute)}; when it does, the rest of the plan shows")
         return Plan(tuple(_in_order(steps)), tuple(notes), tuple(waits), is_partial=True)
     asleep = {name for name, membership in memberships.items() if membership == "asleep"}
     waits += [
@@ -282,9 +326,10 @@ def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:
     elif facts.mesh.address and (
         facts.mesh.peers != {k for n, k in design.keys.items() if n != name}
         or facts.mesh.address != str(design.mesh.addresses[name])
+        or facts.mesh.port not in (0, design.mesh.port)
         or facts.mtus.get(net.MESH, design.mesh.mtu) != design.mesh.mtu
     ):
-        reasons.append("peers, address or MTU of the running tunnel")
+        reasons.append("peers, address, port or MTU of the running tunnel")
     if not facts.mesh.address:
         reasons.append("the tunnel is down")
     if not facts.mesh.guarded:
@@ -346,8 +391,10 @@ def _membership(name: str, facts: HostFacts, design: Design) -> str:
         raise Refused(
             f"belongs to another swarm (managers {', '.join(strange)})", host=name, step="bootstrap", hint=give_up
         )
-    if swarm is None and (strange or (facts.is_manager and facts.swarm == "pending")):
-        return "asleep"
+    if swarm is None and (
+        strange or (facts.is_manager and (facts.swarm == "pending" or silent(design.observed.hosts)))
+    ):
+        return "asleep"  # a manager may miss those whose Docker is silent
     if swarm is None and facts.is_manager:
         raise Refused(
             "is a manager of a swarm that does not answer as ours",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +33,8 @@ class Mesh:
     public_key: str = ""
     peers: frozenset[str] = frozenset()
     """Public keys of the running tunnel's peers."""
+    port: int = 0
+    """UDP port that the running tunnel listens on; 0 when it is not known."""
     address: str = ""
     """The address the running tunnel has; empty when it is down."""
     guarded: bool = False
@@ -101,9 +105,6 @@ def parse(name: str, text: str) -> HostFacts:
         return next(iter(lines(section)), "")
 
     release = _shell_values(sections.get("os", ""))
-    info = _object(sections.get("docker", ""))
-    engine = info.get("ServerVersion") or "" if not info.get("ServerErrors") else ""
-    swarm = info.get("Swarm") or {} if engine else {}
     links = [link for link in _objects(sections.get("addresses", "")) if "ifname" in link]
     tunnel = _objects(sections.get("mesh-link", ""))
     return HostFacts(
@@ -117,18 +118,7 @@ def parse(name: str, text: str) -> HostFacts:
         clock=_number(first("clock")),
         systemd=first("systemd") == "yes",
         programs=frozenset(lines("programs")),
-        engine=engine,
-        swarm=swarm.get("LocalNodeState") or "inactive",
-        swarm_error=swarm.get("Error") or "",
-        node=swarm.get("NodeID") or "",
-        node_address=swarm.get("NodeAddr") or "",
-        is_manager=bool(swarm.get("ControlAvailable")),
-        cluster=(swarm.get("Cluster") or {}).get("ID", ""),
-        managers=tuple(
-            manager.get("Addr", "").rsplit(":", 1)[0].strip("[]") for manager in swarm.get("RemoteManagers") or ()
-        ),
-        peers=_peers(sections.get("peers", "")) if swarm.get("LocalNodeState") == "active" else None,
-        live_restore=bool(info.get("LiveRestoreEnabled")),
+        **of_docker(_object(sections.get("docker", "")), _peers(sections.get("peers", ""))),
         addresses={
             link["ifname"]: tuple(a["local"] for a in link.get("addr_info", ()) if "local" in a) for link in links
         },
@@ -142,18 +132,41 @@ def parse(name: str, text: str) -> HostFacts:
             config=sections.get("mesh-config", "").strip(),
             public_key=first("mesh-key"),
             peers=frozenset(line.split()[0] for line in lines("mesh-peers")),
+            port=int(_number(first("mesh-port"))),
             address=next((a["local"] for link in tunnel for a in link.get("addr_info", ())), ""),
             guarded=first("guard") == "yes",
             files={words[1]: words[0] for line in lines("files") if len(words := line.split(None, 1)) == 2},
         ),
-        units={
-            parts[0]: (parts[1], parts[2] if len(parts) > 2 else "")
-            for line in lines("units")
-            if len(parts := line.split()) > 1
-        },
+        units=_units(sections.get("units", "")),
         listening=frozenset(_ports(lines("listening"))),
         markers=tuple(_markers(sections.get("volumes", ""))),
     )
+
+
+def of_docker(info: Mapping[str, Any], peers: frozenset[str] | None) -> dict[str, Any]:
+    """The facts that Docker knows: of its ``info``, and the addresses of ``peers`` (None: can't be seen)."""
+    engine = info.get("ServerVersion") or "" if not info.get("ServerErrors") else ""
+    swarm = info.get("Swarm") or {} if engine else {}
+    return {
+        "engine": engine,
+        "swarm": swarm.get("LocalNodeState") or "inactive",
+        "swarm_error": swarm.get("Error") or "",
+        "node": swarm.get("NodeID") or "",
+        "node_address": swarm.get("NodeAddr") or "",
+        "is_manager": bool(swarm.get("ControlAvailable")),
+        "cluster": (swarm.get("Cluster") or {}).get("ID", ""),
+        "managers": tuple(
+            manager.get("Addr", "").rsplit(":", 1)[0].strip("[]") for manager in swarm.get("RemoteManagers") or ()
+        ),
+        "peers": peers if swarm.get("LocalNodeState") == "active" else None,
+        "live_restore": bool(info.get("LiveRestoreEnabled")),
+    }
+
+
+def peers_of(network: Mapping[str, Any]) -> frozenset[str]:
+    """Who takes part in the gossip of a network (``docker network inspect``). The ingress network is joined by every
+    node: who is not among its peers resolves no name, while ``docker node ls`` still says Ready."""
+    return frozenset(peer.get("IP", "") for peer in network.get("Peers") or () if isinstance(peer, dict))
 
 
 def parse_marker(volume: str, text: str) -> Marker:
@@ -235,11 +248,20 @@ def _routes(entries: list[dict[str, Any]]) -> list[IPv4Network]:
 
 
 def _peers(text: str) -> frozenset[str] | None:
-    """``Peers`` of the ingress network, which every node joins: who takes part in the gossip (``docker network
-    inspect``). Without them names do not resolve, while ``docker node ls`` still says Ready."""
     if not text.strip():
         return None  # the operator removed the ingress network
-    return frozenset(peer.get("IP", "") for peer in _objects(text))
+    return peers_of({"Peers": _objects(text)})
+
+
+def _units(text: str) -> dict[str, tuple[str, str]]:
+    """``systemctl show``: a block of properties for each unit."""
+    units = {}
+    for block in re.split(r"\n\s*\n", text):
+        values = dict(line.strip().split("=", 1) for line in block.splitlines() if "=" in line)
+        if values.get("Id") and "ActiveState" in values:
+            name = values["Id"].removesuffix(".service")
+            units[name] = (values["ActiveState"], values.get("UnitFileState", ""))
+    return units
 
 
 def _ports(lines: list[str]) -> list[int]:

@@ -92,7 +92,7 @@ def choose_encryption(inventory: Inventory, hosts: Mapping[str, HostFacts], encr
         if any(facts.mesh.config for facts in hosts.values()):
             return "wireguard", "the tunnel is there already"
         without = sorted(name for name, facts in hosts.items() if not facts.esp)
-        behind = sorted(name for name, host in inventory.hosts.items() if host.nat)
+        behind = _behind_nat(inventory, hosts)
         if not without and not behind:
             return "ipsec", "every kernel accepts an ESP state with AES-GCM"
         why = f"no ESP with AES-GCM in the kernel of {', '.join(without)}" if without else ""
@@ -108,9 +108,28 @@ def choose_encryption(inventory: Inventory, hosts: Mapping[str, HostFacts], encr
                     step="network.encryption: ipsec",
                     hint="load esp4 and gcm there, or write encryption: wireguard (or auto)",
                 )
+        for name in _behind_nat(inventory, hosts) if not encrypted else ():
+            raise Refused(
+                f"is behind address translation ({inventory.hosts[name].advertise} is on none of its links): ESP and "
+                "VXLAN have no ports that a router could map, and what gets through breaks the overlay's UDP checksums "
+                "(moby#37115)",
+                host=name,
+                step="network.encryption: ipsec",
+                hint="write encryption: wireguard (or auto)",
+            )
     else:
         _tunnel_possible(hosts)
     return asked, "the inventory says so"
+
+
+def _behind_nat(inventory: Inventory, hosts: Mapping[str, HostFacts]) -> list[str]:
+    """Hosts that are declared so, and those whose advertised address is not their own (an "elastic" address is one to
+    one, and translated all the same)."""
+    return sorted(
+        name
+        for name, host in inventory.hosts.items()
+        if host.nat or (name in hosts and hosts[name].addresses and not hosts[name].link_of(host.advertise))
+    )
 
 
 def _tunnel_possible(hosts: Mapping[str, HostFacts]) -> None:

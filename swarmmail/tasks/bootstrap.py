@@ -9,22 +9,24 @@ from invoke import Collection
 from swarmmail import report
 from swarmmail.cluster import bootstrap as cluster
 from swarmmail.mail import deploy
-from swarmmail.model import stack
+from swarmmail.tasks import verify
 from swarmmail.tasks.door import door, dry, fleet, status
 
 
 @door
-def bootstrap(c: Any, inventory: str | None = None, plan: bool = False) -> None:
+def bootstrap(c: Any, inventory: str | None = None, plan: bool = False, no_verify: bool = False) -> None:
     """Make one Swarm of the hosts, with the encrypted overlay for LMTP.
 
     Changes: installs Docker (and WireGuard) where missing, joins the hosts, labels the nodes, creates the
-    overlay. Run again, it repairs what is missing and leaves the rest. --plan only shows what it would do.
+    overlay. Run again, it repairs what is missing and leaves the rest. --plan only shows what it would do. When it
+    changed something and mail services run, the proof of encryption is the last step; --no-verify leaves it out.
     """
     hosts = fleet(c, inventory)
     if dry(c, plan):
         cluster.show(cluster.decide(hosts.inventory, cluster.observe(hosts))[1])
     elif cluster.run(hosts):
         report.result(f"bootstrap: {hosts.inventory.cluster} is as the inventory wants it", good=True)
+        verify.at_the_end(hosts, no_verify)
     else:
         report.result("bootstrap: nothing to do")
 
@@ -33,15 +35,16 @@ def bootstrap(c: Any, inventory: str | None = None, plan: bool = False) -> None:
 def plan(c: Any, inventory: str | None = None) -> None:
     """Show what `bootstrap deploy` would do. Changes nothing. Exit status 0: nothing to do, 2: changes."""
     hosts = fleet(c, inventory)
-    todo = cluster.decide(hosts.inventory, cluster.observe(hosts))[1]
+    file = deploy.check(hosts.inventory) if hosts.inventory.stack is not None else None
+    observed = cluster.observe(hosts)
+    todo = cluster.decide(hosts.inventory, observed)[1]
     cluster.show(todo)
-    file = stack.read(hosts.inventory) if hosts.inventory.stack is not None else None
     if todo.steps:
         if file is not None:
             report.result(f"then: deploy stack {file.name} ({', '.join(file.services)})")
         status(2)
     if file is not None:
-        found = deploy.decide(hosts, file)
+        found = deploy.decide(hosts, file, before=observed)
         deploy.show(found)
         if not found.is_empty:
             status(2)

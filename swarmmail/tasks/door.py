@@ -26,6 +26,9 @@ HELP = {
     "strict": "exit status 1 when there are warnings",
     "smtp": "a mail server of somebody's, to try port 25 at",
     "no_probe": "leave the test mail at the end out",
+    "no_verify": "leave the proof of encryption at the end out",
+    "keep_pcap": "folder for the packets that were judged",
+    "watch": "verify again and again, each time after so long: 90s, 30m, 12h",
     "address": "mail address of the account",
     "mail": "remove the mailbox too",
     "hosts": "number of hosts",
@@ -34,6 +37,7 @@ HELP = {
 }
 """What an option means; the same name means the same everywhere."""
 
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 F = TypeVar("F", bound=Callable[..., Any])
 
 _fleets: dict[Path, Fleet] = {}
@@ -108,6 +112,14 @@ def fleet(c: Any, inventory: str | None) -> Fleet:
 def dry(c: Any, plan: bool) -> bool:
     """Only show what would be done: ``--plan``, or Fabric's own ``--dry``."""
     return plan or bool(c.config.run.dry)
+
+
+def duration(option: str, text: str) -> float:
+    """Seconds of ``90s``, ``30m``, ``12h``, ``1d``. Raises InputError."""
+    number, unit = text[:-1], text[-1:]
+    if unit not in _UNITS or not number.isascii() or not number.isdigit() or int(number) == 0:
+        raise InputError([f"--{option} {text}: allowed: a whole number of s, m, h or d, as in 12h"])
+    return float(number) * _UNITS[unit]
 
 
 def status(code: int) -> None:

@@ -18,8 +18,12 @@ def _number(option: str, text: str) -> int:
 
 
 def _show(found: lab.Lab) -> None:
+    subnets = found.subnets
+    title = f"lab {found.subnet}"
+    if subnets and subnets.inner:
+        title += f", {subnets.inner} behind a router at {subnets.router} ({found.router or 'gone'})"
     report.table(
-        f"lab {found.subnet}",
+        title,
         ["host", "address", "state", "variant", "memory"],
         [
             [
@@ -35,15 +39,16 @@ def _show(found: lab.Lab) -> None:
 
 
 @door
-def up(c: Any, hosts: str = "3", bare: str = "0") -> None:
+def up(c: Any, hosts: str = "3", bare: str = "0", topology: str = "") -> None:
     """Make hosts on this machine (containers of its Docker) and the inventory `lab`.
 
     --hosts N: host1 to hostN, with Docker. --bare N: also bare1 to bareN, without. Hosts that are there stay
-    as they are, also those beyond N. Changes on this machine: containers, volumes and a network of its
-    Docker, the folder .lab and the file inventories/lab.yml.
+    as they are, also those beyond N. --topology nat: host3 is on a network of its own, behind a router that
+    translates addresses; flat (what a new lab gets): all hosts on one network. Changes on this machine:
+    containers, volumes and networks of its Docker, the folder .lab and the file inventories/lab.yml.
     """
     wanted = _number("hosts", hosts), _number("bare", bare)
-    made = lab.up(project().resolve(), *wanted)
+    made = lab.up(project().resolve(), *wanted, topology)
     _show(lab.status(made.root))
     if len(made.machines) > sum(wanted):
         report.result(f"{len(made.machines)} hosts stay: lab.up removes none, lab.down removes the whole lab")
@@ -58,7 +63,14 @@ def status(c: Any, json: bool = False) -> None:
     """Show the lab's hosts: address, state, memory. Changes nothing."""
     found = lab.status(project().resolve())
     if json:
-        report.document({"subnet": found.subnet, "hosts": [asdict(machine) for machine in found.machines]})
+        report.document(
+            {
+                "subnet": found.subnet,
+                "topology": found.subnets.topology if found.subnets else None,
+                "router": found.router or None,
+                "hosts": [asdict(machine) for machine in found.machines],
+            }
+        )
     elif found.machines:
         _show(found)
     else:

@@ -14,19 +14,23 @@ from swarmmail.mail import deploy as stack
 from swarmmail.mail import status as state
 from swarmmail.model import stack as model
 from swarmmail.model.errors import InputError
+from swarmmail.tasks import verify
 from swarmmail.tasks.door import door, dry, fleet
 
 
 @door
-def deploy(c: Any, inventory: str | None = None, plan: bool = False, no_probe: bool = False) -> None:
-    """Deploy the mail stack, wait until what was asked runs, and send a mail through it.
+def deploy(
+    c: Any, inventory: str | None = None, plan: bool = False, no_probe: bool = False, no_verify: bool = False
+) -> None:
+    """Deploy the mail stack, wait until what was asked runs, send a mail through it, and prove the encryption.
 
     Changes: images on the hosts, volumes on their first host, configs, secrets and services of the stack. Never
-    moves a service that has data. --plan only shows the difference. --no-probe leaves the test mail out.
+    moves a service that has data. --plan only shows the difference. --no-probe leaves the test mail out, --no-verify
+    the proof.
     """
     hosts = fleet(c, inventory)
     if dry(c, plan):
-        found = stack.decide(hosts, model.read(hosts.inventory))
+        found = stack.decide(hosts, stack.check(hosts.inventory))
         stack.show(found)
         if found.is_empty:
             report.result("deploy: nothing to do")
@@ -38,6 +42,7 @@ def deploy(c: Any, inventory: str | None = None, plan: bool = False, no_probe: b
             report.result("deploy: all services run what was asked (the probe mail was left out)", good=True)
         else:
             report.result(f"deploy: {probe.run(hosts, model.read(hosts.inventory))}", good=True)
+        verify.at_the_end(hosts, no_verify)
 
 
 @door

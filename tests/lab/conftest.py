@@ -7,6 +7,7 @@ Fixtures
                   container, volume or network. About 1.3 s, and nothing when they are clean already.
     ``clustered`` ``lab`` after a ``fab bootstrap`` of ``CLUSTER`` (0.6 s when there is nothing to do).
     ``deployed``  ``lab`` after a ``fab bootstrap deploy`` of ``MAIL``, the same hosts with the mail stack (1.2 s).
+    ``empty``     ``clustered``, with an inventory ``MAIL`` and nothing of its stack.
     ``fab``       ``project.fab``.
     ``make_project``  for a test that needs other hosts: ``make_project("name")`` is a project whose lab is removed
                   at the end of the test; ``with temporary(place, "name") as project`` is the same for a fixture of
@@ -316,6 +317,12 @@ class Project:
             (self.root / "inventories" / "looking.yml").unlink()
         return self._fleet[name]
 
+    def copy_image(self, image: str, source: str, target: str) -> None:
+        """As an operator may do by hand."""
+        save = f"docker exec {self.container(source)} docker save {image}"
+        load = f"docker exec -i {self.container(target)} docker load"
+        subprocess.run(["sh", "-c", f"{save} | {load}"], check=True, capture_output=True, timeout=120)
+
     def image(self, host: str) -> str:
         """Made of the host's own programs."""
         self.sh(
@@ -447,6 +454,15 @@ def deployed(lab: Project) -> Project:
         lab.reset()
         both(check=0)
     return lab
+
+
+@pytest.fixture
+def empty(clustered: Project) -> Project:
+    from mailing import undeploy  # which imports this module
+
+    clustered.inventory(MAIL, stack=STACK)
+    undeploy(clustered)
+    return clustered
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ Edit = Callable[[str], str]
 
 
 def deploy(project: Project, *words: str, inventory: str = MAIL, timeout: float = 120, **options: Any) -> Result:
-    return project.fab("deploy", "--inventory", inventory, *words, timeout=timeout, **options)
+    return project.fab("deploy", "--no-verify", "--inventory", inventory, *words, timeout=timeout, **options)
 
 
 def healed(project: Project, inventory: str = MAIL) -> Result:
@@ -83,6 +83,16 @@ def environment(raw: Mapping[str, Any]) -> dict[str, str]:
 def container(project: Project, host: str, service: str) -> str:
     """The id of the running container of a service; empty when there is none."""
     return project.sh(host, f"docker ps -q --no-trunc -f label=com.docker.swarm.service.name={service}").strip()
+
+
+def running(project: Project) -> dict[str, tuple[str, str]]:
+    """Each service's host and container."""
+    return {
+        service: (host, found)
+        for service in ("mail_mta", "mail_mda")
+        for host in HOSTS
+        if (found := container(project, host, service))
+    }
 
 
 def volume(project: Project, host: str, name: str) -> str:

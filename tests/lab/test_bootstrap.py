@@ -332,6 +332,12 @@ def test_a_changed_configuration_is_mended(clustered: Project) -> None:
     assert "mtu 1320" in clustered.sh("host3", "ip link show swarmmail")
 
 
+def test_a_tunnel_that_listens_elsewhere_than_its_file_says_is_mended(clustered: Project) -> None:
+    clustered.sh("host3", "wg set swarmmail listen-port 51999")
+    repaired(clustered, r"host3 +tunnel 10\S+ \(peers, address, port or MTU of the running tunnel\)")
+    assert clustered.sh("host3", "wg show swarmmail listen-port") == "51820\n"
+
+
 def test_a_worker_is_lost_and_comes_back_with_its_labels(fresh: Project) -> None:
     inventory = fresh.inventory("worker", managers=1)
     fresh.bootstrap(inventory, check=0)
@@ -374,6 +380,12 @@ def test_a_role_and_labels_changed_by_hand_are_mended(clustered: Project) -> Non
 def test_stopped_docker_is_started(clustered: Project) -> None:
     clustered.sh("host2", "systemctl stop docker.socket docker.service")
     repaired(clustered, "host2 +start Docker")
+
+
+def test_two_of_three_managers_whose_docker_is_stopped_are_started(clustered: Project) -> None:
+    for host in ("host1", "host3"):
+        clustered.sh(host, "systemctl stop docker.socket docker.service")
+    repaired(clustered, "host1 +start Docker", "host3 +start Docker")
 
 
 def test_a_removed_overlay_is_made_again(clustered: Project) -> None:

@@ -7,7 +7,7 @@ import re
 import subprocess
 
 import pytest
-from conftest import HOSTS, MAIL, STACK, Project
+from conftest import HOSTS, MAIL, STACK, Project, eventually
 from mailing import (
     DONE,
     accounts,
@@ -15,8 +15,8 @@ from mailing import (
     deploy,
     healed,
     marker,
+    running,
     services,
-    undeploy,
     variant,
     versions,
     volume,
@@ -25,24 +25,6 @@ from mailing import (
 pytestmark = pytest.mark.lab
 
 PLAN = ("plan", "--inventory", MAIL)
-
-
-@pytest.fixture
-def empty(clustered: Project) -> Project:
-    """A Swarm without the stack."""
-    clustered.inventory(MAIL, stack=STACK)
-    undeploy(clustered)
-    return clustered
-
-
-def running(project: Project) -> dict[str, tuple[str, str]]:
-    """Each service's host and container."""
-    return {
-        service: (host, found)
-        for service in ("mail_mta", "mail_mda")
-        for host in HOSTS
-        if (found := container(project, host, service))
-    }
 
 
 # ---- a first deploy and a second ----
@@ -153,11 +135,36 @@ def test_a_changed_file_updates_its_service_only_and_sends_the_missing_layers_on
 
 
 def test_an_image_built_on_a_host(deployed: Project) -> None:
-    """The base image is sent there from the operator's machine, as it can be pulled from nowhere."""
-    changed = variant(deployed, "there", {"mda/mda": lambda text: text + "# changed\n"}, build="host2")
+    """Without Docker on the operator's machine; where it is built it need not be brought to."""
+    image = services(deployed)["mail_mda"]["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"]
+    edits = {
+        "mda/mda": lambda text: text + "# changed\n",
+        "mda/Dockerfile": lambda text: f"FROM {image}\nCOPY mda /usr/local/bin/\n",
+    }
+    changed = variant(deployed, "there", edits, build="host3")
+    result = deploy(deployed, inventory=changed, check=0, env={"DOCKER_HOST": "unix:///nowhere.sock"})
+    assert any(event.startswith("host3: built swarmmail/mda:") for event in result.events), str(result)
+    assert not any("image" in event and "MB" in event for event in result.events), str(result)
+    assert "# changed" in deployed.sh(
+        "host3", f"docker exec {container(deployed, 'host3', 'mail_mda')} cat /usr/local/bin/mda"
+    )
+    healed(deployed)
+
+
+def test_an_image_built_on_another_host_gets_its_base_and_is_brought_from_there(deployed: Project) -> None:
+    """The base can be pulled from nowhere, but the operator's machine has it."""
+    image = services(deployed)["mail_mta"]["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"]
+    deployed.sh("host2", f"docker rmi {image} >/dev/null 2>&1; true")
+    edits = {
+        "mta/mta": lambda text: text + "# changed\n",
+        "mta/Dockerfile": lambda text: f"FROM {image}\nCOPY mta /usr/local/bin/\n",
+    }
+    changed = variant(deployed, "base", edits, build="host2")
     result = deploy(deployed, inventory=changed, check=0, timeout=240)
-    assert any(event.startswith("host2: built swarmmail/mda:") for event in result.events), str(result)
-    assert deployed.host("host2").docker.images("swarmmail/mda")
+    sent = [event for event in result.events if "image" in event and " MB in " in event]
+    assert [event.split(":")[0] for event in sent] == ["host2", "host1"], str(result)
+    assert float(re.search(r"([\d.]+) MB in", sent[0])[1]) > 100 > 1 > float(re.search(r"([\d.]+) MB in", sent[1])[1])  # type: ignore[index]
+    assert any(event.startswith("host2: built swarmmail/mta:") for event in result.events), str(result)
     healed(deployed)
 
 
@@ -200,9 +207,11 @@ def test_a_service_that_left_the_file_is_removed_and_its_volume_stays(deployed: 
     assert container(deployed, "host2", "mail_extra")
     result = deploy(deployed, check=0)
     assert "+ remove service mail_extra (its volumes stay)" in result.stdout, str(result)
-    assert list(services(deployed)) == ["mail_mta", "mail_mda"] or set(services(deployed)) == {"mail_mta", "mail_mda"}
+    assert set(services(deployed)) == {"mail_mta", "mail_mda"}
     assert marker(deployed, "host2", "mail_extra")["service"] == "extra"
     assert running(deployed) == before
+    eventually(lambda: not deployed.sh("host2", "docker ps -aq"), 20, "its container has ended")
+    deployed.sh("host2", "docker volume rm mail_extra")
     healed(deployed)
 
 

@@ -35,6 +35,8 @@ def test_accounts_come_and_go_without_a_restart(deployed: Project) -> None:
     assert b"hello" in arrives(deployed, address, PASSWORD, token)
     deployed.fab("user.passwd", address, "--inventory", MAIL, stdin="another one\n", check=0)
     assert len(mails(deployed, address, "another one", token)) == 1
+    with pytest.raises(imaplib.IMAP4.error), imap(deployed, address, PASSWORD):
+        pass
     twice = deployed.fab("user.add", address, "--inventory", MAIL, stdin="x\n")
     assert twice.status == 1 and len(twice.stderr.splitlines()) == 1, str(twice)
     deployed.fab("user.remove", address, "--inventory", MAIL, "--mail", check=0)
@@ -57,6 +59,32 @@ def test_an_unknown_recipient_and_a_foreign_domain_are_refused_at_once(deployed:
         with pytest.raises(smtplib.SMTPRecipientsRefused) as refused:
             send(deployed, address)
         assert refused.value.recipients[address][0] == code
+
+
+def test_no_relay_for_the_hosts_themselves(deployed: Project) -> None:
+    """A connection from a host comes from its gateway address: a network that Postfix must not trust."""
+    words = "EHLO host.example.com", "MAIL FROM:<sender@example.com>", "RCPT TO:<victim@example.com>", "QUIT"
+    talk = "\n".join(f"echo '{word}' >&3; sleep 0.3" for word in words)
+    for host in ("host1", "host2"):
+        connect = f"exec 3<>/dev/tcp/{deployed.address('host1')}/25; read -r hello <&3"
+        said = deployed.sh(host, f"timeout 20 bash <<'END'\n{connect}\n{talk}\ncat <&3\nEND")
+        assert [line[:3] for line in said.splitlines() if "victim" in line] == ["554"], said
+
+
+def test_mail_waits_for_an_mda_that_does_not_answer(deployed: Project) -> None:
+    """Its name is known and its port takes connections, but nothing comes back."""
+    address = account(deployed, "doris")
+    frozen = container(deployed, "host3", "mail_mda")
+    deployed.sh("host3", f"docker pause {frozen}")
+    try:
+        token = send(deployed, address)
+        eventually(lambda: [e["queue_name"] for e in queue(deployed)] == ["deferred"], 40, "the delivery was given up")
+        reason = queue(deployed)[0]["recipients"][0]["delay_reason"]
+        assert "timed out" in reason, reason
+    finally:
+        deployed.sh("host3", f"docker unpause {frozen}")
+    deployed.fab("queue.flush", "--inventory", MAIL, check=0)
+    arrives(deployed, address, PASSWORD, token)
 
 
 def test_mail_waits_while_the_mda_is_away_and_then_arrives_once(deployed: Project) -> None:
@@ -101,6 +129,27 @@ def test_lmtp_is_reached_from_nowhere_but_the_overlay(deployed: Project) -> None
     for host in HOSTS:
         with pytest.raises(OSError):
             socket.create_connection((deployed.address(host), 24), timeout=2)
+    # Nor by a route to the container itself. That it is one shows when the guard is away.
+    inside = deployed.sh(
+        "host3",
+        "docker inspect -f '{{(index .NetworkSettings.Networks \"local-mail-delivery\").IPAddress}} {{.State.Pid}}' "
+        + container(deployed, "host3", "mail_mda"),
+    ).split()
+    address = deployed.sh("host3", f"nsenter -t {inside[1]} -n ip -4 -o addr show dev eth1").split()[3].split("/")[0]
+    deployed.sh("host2", f"ip route add {address} via {deployed.address('host3')}")
+
+    def reached(port: int, target: str = address) -> bool:
+        probe = f"timeout 3 bash -c '</dev/tcp/{target}/{port}' 2>/dev/null && echo open || echo closed"
+        return deployed.sh("host2", probe) == "open\n"
+
+    try:
+        assert not reached(24) and not reached(143) and not reached(24, inside[0])
+        deployed.sh("host3", "systemctl stop swarmmail-guard; nft delete chain inet swarmmail direct")
+        assert reached(24)
+    finally:
+        deployed.sh("host2", f"ip route del {address}")
+        deployed.sh("host3", "systemctl start swarmmail-guard")
+    assert socket.create_connection((deployed.address("host3"), 143), timeout=5), "by the published port it is"
     published = [port for raw in services(deployed).values() for port in raw["Spec"]["EndpointSpec"].get("Ports", ())]
     assert sorted(port["TargetPort"] for port in published) == [25, 143, 993]
 

@@ -64,6 +64,8 @@ class Machine:
     config: str = ""
     link: tuple[str, frozenset[str], int] | None = None
     """Address, keys of the peers, MTU of the running tunnel."""
+    port: int = 0
+    """UDP port that it listens on."""
     guard: bool = False
     files: dict[str, str] = field(default_factory=dict)
     units: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -157,6 +159,7 @@ class World:
                 config=machine.config,
                 public_key=machine.key if machine.link or "wg" in machine.programs else "",
                 peers=machine.link[1] if machine.link else frozenset(),
+                port=machine.port if machine.link else 0,
                 address=machine.link[0] if machine.link else "",
                 guarded=machine.guard,
                 files=dict(machine.files),
@@ -193,7 +196,7 @@ class World:
             assert cloud is not None
             if self.has_majority(cloud):
                 return Observed(facts, self.view(cloud, name))
-        if candidates:
+        if candidates and not model.silent(facts):
             raise Refused("no manager answers for the Swarm", host=candidates[0])
         return Observed(facts, None)
 
@@ -282,6 +285,7 @@ class World:
                 raise Failed(f"{step.host} lacks the programs of the tunnel")
             peers = frozenset(other.key for name, other in self.machines.items() if name != step.host)
             machine.link, machine.units = (interface, peers, mesh.mtu), dict(UNITS)
+            machine.port = mesh.port
 
         yield from (make_keys, write, activate)
 

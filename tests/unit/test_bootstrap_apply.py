@@ -40,7 +40,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[Action]:
     order: list[Action] = []
 
     def phase(action: Action) -> Any:
-        def work(fleet: Fleet, design: object, steps: tuple[Step, ...]) -> None:
+        def work(fleet: Fleet, design: object, steps: tuple[Step, ...], joined: object) -> None:
             assert [step.action for step in steps] == [action, action]
             order.append(action)
 
@@ -110,8 +110,10 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(bootstrap, "decide", played.decide)
         monkeypatch.setattr(bootstrap, "observe", lambda fleet: None)
+        monkeypatch.setattr(bootstrap, "_refresh", lambda fleet, before: None)
         monkeypatch.setattr(bootstrap, "_locked", locked)
         monkeypatch.setattr(bootstrap, "SETTLE", 0.1)
+        monkeypatch.setattr(bootstrap, "QUIET", 0.1)
         monkeypatch.setattr(bootstrap, "apply", lambda fleet, design, plan: played.applied.append(plan))
         return bootstrap.run(Fleet()), played  # type: ignore[arg-type]
 
@@ -136,7 +138,7 @@ def test_what_shows_later_is_done_in_the_same_run(rounds: Any) -> None:
 def test_what_heals_by_itself_is_waited_for(rounds: Any) -> None:
     changed, played = rounds(WORK, WAIT, WAIT, Plan())
     assert (changed, played.applied) == (True, [WORK])
-    changed, played = rounds(WAIT, MORE, Plan())
+    changed, played = rounds(WAIT, MORE, MORE, Plan())  # a short look, a whole one
     assert (changed, played.applied) == (True, [MORE])
 
 
@@ -148,6 +150,41 @@ def test_what_does_not_heal_is_an_error(rounds: Any) -> None:
 def test_what_never_ends_is_an_error(rounds: Any) -> None:
     with pytest.raises(SwarmmailError, match="host1: start Docker"):
         rounds(WORK)
+
+
+NAMED = Plan((Step(Action.LABEL, "host1", "label its node"),))
+
+
+@pytest.mark.parametrize(("plan", "whole"), [(NAMED, 0), (WORK, 1), (Plan(NAMED.steps + WORK.steps), 1)])
+def test_after_steps_within_docker_only_docker_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, plan: Plan, whole: int
+) -> None:
+    looks: list[str] = []
+    monkeypatch.setattr(bootstrap, "observe", lambda fleet: looks.append("whole"))
+    monkeypatch.setattr(bootstrap, "_refresh", lambda fleet, before: looks.append("short"))
+    monkeypatch.setattr(bootstrap, "decide", lambda *_: (None, Plan()))
+    bootstrap._after(Fleet(), None, plan)  # type: ignore[arg-type]
+    assert looks == (["whole"] if whole else ["short"])
+
+
+def test_nothing_is_done_on_the_strength_of_a_short_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+    monkeypatch.setattr(bootstrap, "observe", lambda fleet: looks.append("whole"))
+    monkeypatch.setattr(bootstrap, "_refresh", lambda fleet, before: looks.append("short"))
+    monkeypatch.setattr(bootstrap, "decide", lambda *_: (None, MORE))
+    bootstrap._after(Fleet(), None, NAMED)  # type: ignore[arg-type]
+    assert looks == ["short", "whole"]
+
+
+def test_what_heals_at_once_is_no_warning(rounds: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rounds(WORK, WAIT, WAIT, Plan())
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_what_stays_is_said_while_it_is_waited_for(rounds: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SwarmmailError):
+        rounds(WAIT)
+    assert "warning: host1 is down in the Swarm; waiting" in capsys.readouterr().err
 
 
 # ---- whom to ask ----
@@ -193,6 +230,29 @@ def test_managers_of_which_none_answers_are_not_passed_over(monkeypatch: pytest.
         bootstrap._swarm(Fleet(), members("host1", "host2"))  # type: ignore[arg-type]
 
 
+class Opening:
+    def open_docker(self) -> None:
+        """Nothing is opened."""
+
+
+def leaderless(host: object) -> Swarm:
+    raise HostError("the Swarm has no leader", host="host1")
+
+
+def test_managers_that_miss_a_silent_docker_are_no_obstacle_to_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {**members("host1"), "host2": make_facts("host2", engine="", units={"docker": ("inactive", "enabled")})}
+    monkeypatch.setattr(bootstrap, "gather_all", lambda fleet, strict: facts)
+    monkeypatch.setattr(swarm_work, "view", leaderless)
+    fleet = Fleet()
+    monkeypatch.setattr(Fleet, "__getitem__", lambda self, name: Opening())
+    assert bootstrap.observe(fleet).swarm is None  # type: ignore[arg-type]
+    with pytest.raises(bootstrap.NoManager, match="Docker does not answer on host2; run: fab bootstrap"):
+        bootstrap.observe(fleet, strict=False)  # type: ignore[arg-type]
+    facts["host2"] = members("host1")["host2"]
+    with pytest.raises(bootstrap.NoManager, match="bring the missing ones back"):
+        bootstrap.observe(fleet)  # type: ignore[arg-type]
+
+
 def test_a_manager_that_stays_one_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     view(monkeypatch)
     found = bootstrap._swarm(Fleet("wmm"), members("host1", "host2", "host3"))  # type: ignore[arg-type]
@@ -204,7 +264,7 @@ def test_a_manager_that_stays_one_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_docker_listens_where_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    inventory = make_inventory("mm", encryption="ipsec", hosts={"host2": {"advertise": "203.0.113.9"}})
+    inventory = make_inventory("mm", encryption="none", hosts={"host2": {"advertise": "203.0.113.9"}})
     facts = {name: make_facts(name) for name in inventory.hosts}
     design, _ = bootstrap.decide(inventory, Observed(facts))
     assert bootstrap._listen(design, "host1") == "198.18.0.11"
@@ -225,8 +285,7 @@ def test_a_new_node_takes_over_what_the_old_one_held(monkeypatch: pytest.MonkeyP
     swarm = replace(observed.swarm, nodes={**observed.swarm.nodes, "old": old})
     design, plan = bootstrap.decide(inventory, replace(observed, swarm=swarm))
     calls: list[tuple[object, ...]] = []
-    monkeypatch.setattr(bootstrap, "_node_ids", lambda fleet, names: dict.fromkeys(names, "new"))
     monkeypatch.setattr(swarm_work, "set_label", lambda *words: calls.append(words))
     monkeypatch.setattr(swarm_work, "forget", lambda *words: calls.append(words))
-    bootstrap._forget(Fleet("mw"), design, plan.of(Action.FORGET))  # type: ignore[arg-type]
+    bootstrap._forget(Fleet("mw"), design, plan.of(Action.FORGET), {"host2": "new"})  # type: ignore[arg-type]
     assert calls == [("host1", "new", "swarmmail.mda", "true"), ("host1", "old")]

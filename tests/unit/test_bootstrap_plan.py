@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from ipaddress import IPv4Network
 from typing import Any
 
 import pytest
@@ -96,6 +97,12 @@ def old_mtu(world: World, host: Machine) -> None:
     if host.link is None:
         raise NotPossible
     host.link = (host.link[0], host.link[1], host.link[2] + 100)
+
+
+def old_port(world: World, host: Machine) -> None:
+    if host.link is None:
+        raise NotPossible
+    host.port += 1
 
 
 def drop_guard(world: World, host: Machine) -> None:
@@ -235,6 +242,7 @@ DAMAGE = [
     stop_tunnel,
     old_peers,
     old_mtu,
+    old_port,
     drop_guard,
     old_files,
     lose_files,
@@ -577,6 +585,22 @@ def test_a_host_whose_docker_is_silent_hides_the_rest_of_the_plan() -> None:
     assert not plan.is_done
 
 
+@pytest.mark.parametrize("stopped", [("host2", "host3"), ("host1", "host3"), ("host1", "host2", "host3")])
+@pytest.mark.parametrize("encryption", ["ipsec", "wireguard"])
+def test_managers_whose_docker_is_stopped_are_started_also_when_no_majority_is_left(
+    encryption: str, stopped: tuple[str, ...]
+) -> None:
+    world = clustered(encryption=encryption)
+    for name in stopped:
+        stop_docker(world, world.machines[name])
+    plan = decide(world)[1]
+    assert [(step.action, step.host) for step in plan.steps] == [(Action.START, name) for name in stopped]
+    assert plan.is_partial
+    run(world)
+    assert decide(world)[1].is_done
+    assert len(world.clouds) == 1
+
+
 def test_docker_is_started_also_where_something_else_has_to_be_installed() -> None:
     world = fresh()
     stop_docker(world, world.machines["host2"])
@@ -619,6 +643,48 @@ def test_a_derivative_of_debian_is_installed_on() -> None:
     facts = make_facts("host1", os="linuxmint", os_like=("ubuntu", "debian"), programs=frozenset(), engine="")
     plan = model.plan(model.design(inventory, model.Observed({"host1": facts}), {}))
     assert plan.of(Action.INSTALL)[0].argument == "docker.io"
+
+
+@pytest.mark.parametrize("docker", [True, False])
+@pytest.mark.parametrize(
+    ("encryption", "uses", "words"),
+    [
+        (
+            "ipsec",
+            {"routes": (IPv4Network("10.90.1.0/25"),)},
+            r"the overlay's subnet 10\.90\.1\.0/24 overlaps 10\.90\.1",
+        ),
+        ("ipsec", {"resolvers": ("10.90.1.53",)}, r"the overlay's subnet 10\.90\.1\.0/24 overlaps 10\.90\.1\.53/32"),
+        ("ipsec", {"routes": (IPv4Network("10.90.0.0/24"),)}, None),
+        ("wireguard", {"routes": (IPv4Network("10.90.0.128/25"),)}, r"the tunnel's subnet 10\.90\.0\.0/24 overlaps"),
+        ("wireguard", {"resolvers": ("10.90.0.1",)}, r"the tunnel's subnet 10\.90\.0\.0/24 overlaps 10\.90\.0\.1/32"),
+        ("wireguard", {"routes": (IPv4Network("10.91.0.0/16"),)}, None),
+    ],
+)
+def test_a_host_that_comes_later_must_not_use_the_subnets_that_are_there(
+    docker: bool, encryption: str, uses: dict[str, Any], words: str | None
+) -> None:
+    world = clustered("mmw", encryption=encryption)
+    reinstall(world, world.machines["host3"])
+    world.settle()
+    observed = world.observe()
+    new = replace(make_facts("host3", esp=True, **uses), engine="26.1.5" if docker else "")
+    if not docker:
+        new = replace(new, programs=frozenset())
+    seen = replace(observed, hosts={**observed.hosts, "host3": new})
+    if words is None:
+        assert not model.plan(model.design(world.inventory, seen, {})).is_done
+        return
+    with pytest.raises(Refused, match=rf"host3, choose subnets: {words}.* -> give that up on the host"):
+        model.design(world.inventory, seen, {})
+
+
+def test_a_member_may_route_by_the_subnets_that_are_there() -> None:
+    world = clustered("mmw", encryption="wireguard")
+    observed = world.observe()
+    old = replace(observed.hosts["host3"], routes=(IPv4Network("10.90.1.0/24"),))
+    seen = replace(observed, hosts={**observed.hosts, "host3": old})
+    model.design(world.inventory, seen, {})
 
 
 def test_a_swarm_of_somebody_else_is_refused() -> None:
@@ -681,8 +747,9 @@ def test_an_overlay_that_differs_is_refused(changes: dict[str, Any], words: str 
         (lose_config, "configuration"),
         (change_config, "configuration"),
         (stop_tunnel, "the tunnel is down"),
-        (old_peers, "peers, address or MTU of the running tunnel"),
-        (old_mtu, "peers, address or MTU of the running tunnel"),
+        (old_peers, "peers, address, port or MTU of the running tunnel"),
+        (old_mtu, "peers, address, port or MTU of the running tunnel"),
+        (old_port, "peers, address, port or MTU of the running tunnel"),
         (drop_guard, "the guard is not in force"),
         (old_files, "files"),
         (disable_units, "units"),

@@ -192,7 +192,7 @@ def test_a_host_that_runs_no_commands_is_named(server: Server, connect: Connect)
 
 
 def test_a_file_is_written_whole(connect: Connect, tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "it's"
+    path = tmp_path / "-a  folder" / "it's"
     connect().write(str(path), b"\0\1binary\n", mode="0640")
     assert path.read_bytes() == b"\0\1binary\n"
     assert path.stat().st_mode & 0o777 == 0o640
@@ -219,6 +219,25 @@ def test_docker_answers_by_the_same_connection(server: Server, connect: Connect)
     assert host.docker.version()["ApiVersion"] == "1.45"
     assert "docker system dial-stdio" in server.commands
     assert server.connections == 1
+
+
+def test_docker_that_is_opened_beside_other_work_is_the_one_that_is_used(server: Server, connect: Connect) -> None:
+    host = connect()
+    host.open_docker()
+    host.run("true")
+    assert host.docker.version()["ApiVersion"] == "1.45"
+    assert host.docker is host.docker
+    assert server.commands.count("docker system dial-stdio") == 1
+
+
+def test_a_docker_that_does_not_answer_says_so_when_it_is_used(server: Server, connect: Connect) -> None:
+    host = connect()
+    host.open()
+    server.refuse_commands = True
+    host.open_docker()
+    with pytest.raises(HostError, match="host1, look") as failed, host.doing("look"):
+        host.docker.version()
+    assert str(failed.value).endswith("-> run: fab bootstrap") or "connection lost" in str(failed.value)
 
 
 # ---- root ----
@@ -258,6 +277,19 @@ def test_a_wrong_password_is_not_repeated_in_the_error(server: Server, connect: 
         connect("wrong one", user="admin").run("true")
     assert "wrong one" not in str(refused.value)
     assert "wrong one" not in "".join(server.commands)
+
+
+def test_a_wrong_password_is_tried_once_only(server: Server, connect: Connect) -> None:
+    """Accounts are locked after a few (pam_faillock)."""
+    sudo(server)
+    host = connect("wrong one", user="admin")
+    host.open_docker()
+    for _ in range(2):
+        with pytest.raises(HostError, match="sudo did not let user admin become root"):
+            host.run("true")
+    with pytest.raises(HostError), host.doing("look"):
+        host.docker.version()
+    assert [command for command in server.commands if " -S " in command] == ["sudo -k -S -p '' -- true"]
 
 
 def test_sudo_that_needs_a_password_which_nobody_gave(server: Server, connect: Connect) -> None:

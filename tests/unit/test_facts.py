@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
 from ipaddress import IPv4Network
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_a_real_tunnel() -> None:
     assert mesh.config.startswith("# Written by swarmmail bootstrap.")
     assert mesh.config.endswith("Endpoint = 198.18.9.13:51820")
     assert (mesh.public_key, mesh.peers) == ("QHG5mm9psuW1QYCnxOqcfr3qx50WIB6jx9v6Gl64K2w=", PEERS)
-    assert (mesh.address, mesh.guarded) == ("10.90.0.1", True)
+    assert (mesh.address, mesh.port, mesh.guarded) == ("10.90.0.1", 51820, True)
     assert {path: digest[:8] for path, digest in mesh.files.items()} == {
         "/etc/swarmmail/guard": "4ed9a693",
         "/etc/systemd/system/swarmmail-guard.service": "d70c1917",
@@ -107,7 +108,7 @@ AFFECTED = {
     "wireguard": {"wireguard_kernel"},
     "volumes": {"markers"},
     "root": set(),
-    **{key: {"mesh"} for key in ("mesh-config", "mesh-key", "mesh-peers", "mesh-link", "files", "guard")},
+    **{key: {"mesh"} for key in ("mesh-config", "mesh-key", "mesh-peers", "mesh-port", "mesh-link", "files", "guard")},
 }
 
 
@@ -158,7 +159,26 @@ def test_an_ingress_network_that_is_not_there_says_nothing_of_the_gossip() -> No
     assert changed("peers", "null").peers == frozenset()
 
 
+def test_what_the_api_says_is_read_like_what_the_script_prints() -> None:
+    info = json.loads(re.search(r"(?ms)^@@docker\n(.*?)^@@", TEXT)[1])  # type: ignore[index]
+    seen = parse("host1", TEXT)
+    found = facts.of_docker(info, seen.peers)
+    assert {name: getattr(seen, name) for name in found} == found
+    assert set(found) == AFFECTED["docker"]
+    assert facts.peers_of({"Peers": [{"Name": "x", "IP": "10.0.0.1"}]}) == {"10.0.0.1"}
+    assert facts.peers_of({"Peers": None}) == facts.peers_of({}) == frozenset()
+
+
 # ---- the rest ----
+
+
+def test_units() -> None:
+    one = "Id=docker.service\nActiveState=active\nUnitFileState=enabled"
+    other = "ActiveState=inactive\nUnitFileState=\nId=wg-quick@swarmmail.service"
+    assert changed("units", f"{one}\n\n{other}").units == {
+        "docker": ("active", "enabled"),
+        "wg-quick@swarmmail": ("inactive", ""),
+    }
 
 
 @pytest.mark.parametrize(
@@ -231,6 +251,18 @@ def test_facts_come_in_one_round_trip() -> None:
     host = Host(TEXT)
     assert gathering.gather(host) == parse("host1", TEXT)  # type: ignore[arg-type]
     assert host.asked == [("sh -s", SCRIPT.read_text())]
+
+
+@pytest.mark.parametrize(
+    ("says", "key"), [("(none)", "of the file"), ("of the link", "of the link"), ("", "of the file")]
+)
+def test_a_tunnel_that_is_just_starting_has_the_key_of_its_file(tmp_path: Path, says: str, key: str) -> None:
+    (tmp_path / "key").write_text("private")
+    line = next(line for line in SCRIPT.read_text().splitlines() if line.startswith("s mesh-key"))
+    other = f"echo '{says}'" if says else "false"
+    fake = f"s() {{ :; }}\nwg() {{ if [ $1 = pubkey ]; then echo of the file; else {other}; fi; }}\n"
+    script = fake + line.replace("/etc/wireguard/swarmmail.key", str(tmp_path / "key"))
+    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout == f"{key}\n"
 
 
 @pytest.mark.parametrize("end", [0, 100, len(TEXT) // 2, TEXT.index("@@end")])

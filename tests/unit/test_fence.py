@@ -183,6 +183,14 @@ def test_a_marker_that_is_no_file(shell: list[str], place: Path) -> None:
     assert_refused(run(shell, place, str(place / "mail")), "can't be read")
 
 
+@pytest.mark.parametrize("target", ["../marker", "nowhere"])
+def test_a_marker_that_is_a_link(shell: list[str], place: Path, target: str) -> None:
+    marker = volume(place / "mail") / ".swarmmail-volume"
+    marker.rename(place / "marker")
+    marker.symlink_to(target)
+    assert_refused(run(shell, place, str(place / "mail")), "is a link")
+
+
 def test_an_empty_marker(shell: list[str], place: Path) -> None:
     (volume(place / "mail") / ".swarmmail-volume").write_text("")
     assert_refused(run(shell, place, str(place / "mail")), "belongs to cluster ''")

@@ -1,5 +1,6 @@
 import ssl
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,18 @@ def test_inventory_has_a_quorum_and_a_placement(count: int, roles: list[str], md
     assert [host["role"] for host in data["hosts"].values()] == roles
     assert data["hosts"]["host1"]["address"] == "198.18.0.11"
     assert data["stack"]["placement"] == {"mta": "host1", "mda": mda}
+
+
+def test_inventory_tells_which_host_is_behind_the_router(tmp_path: Path) -> None:
+    one, two, three = machines(3)
+    path = files.inventory_path(tmp_path)
+    path.parent.mkdir()
+    path.write_text(files.inventory([one, two, replace(three, nat=True)]))
+    assert {name: host.nat for name, host in load(path).hosts.items()} == {
+        "host1": False,
+        "host2": False,
+        "host3": True,
+    }
 
 
 def test_inventory_is_one_that_the_schema_takes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import os
 import subprocess
 import threading
@@ -19,7 +20,8 @@ import docker.errors
 import pytest
 
 from swarmmail.cluster import lock
-from swarmmail.model.errors import Locked
+from swarmmail.hosts.connection import Result
+from swarmmail.model.errors import HostError, Locked
 
 MINE = "fab bootstrap"
 
@@ -29,6 +31,8 @@ class Configs:
 
     def __init__(self) -> None:
         self.kept: dict[str, bytes] = {}
+        self.ids: dict[str, str] = {}
+        self.made = itertools.count()
         self.lock = threading.Lock()
         self.leaderless = 0
 
@@ -43,20 +47,24 @@ class Configs:
             if name in self.kept:
                 raise docker.errors.APIError("rpc error: code = AlreadyExists desc = config x already exists")
             self.kept[name] = data
+            self.ids[name] = f"id{next(self.made)}"
 
     def configs(self, filters: dict[str, str]) -> list[dict[str, Any]]:
         """Docker's filter by name is one by prefix."""
         self._elect()
         return [
-            {"Spec": {"Name": name, "Data": base64.b64encode(data).decode()}}
+            {"ID": self.ids.get(name, name), "Spec": {"Name": name, "Data": base64.b64encode(data).decode()}}
             for name, data in self.kept.items()
             if name.startswith(filters["name"])
         ]
 
-    def remove_config(self, name: str) -> None:
+    def remove_config(self, wanted: str) -> None:
         self._elect()
-        if self.kept.pop(name, None) is None:
-            raise docker.errors.NotFound("no such config")
+        with self.lock:
+            names = [name for name in self.kept if wanted in (name, self.ids.get(name, name))]
+            if not names:
+                raise docker.errors.NotFound("no such config")
+            del self.kept[names[0]]
 
 
 class Host:
@@ -69,7 +77,7 @@ class Host:
 
     def run(self, command: str, *, stdin: str = "", check: bool = True, **_: object) -> Any:
         done = subprocess.run(["sh", "-c", command], input=stdin, capture_output=True, text=True, check=check)
-        return type("Result", (), {"stdout": done.stdout, "ok": done.returncode == 0})
+        return Result(done.returncode, done.stdout, done.stderr)
 
     @contextlib.contextmanager
     def doing(self, step: str) -> Iterator[None]:
@@ -182,6 +190,67 @@ def test_who_lost_the_lock_does_not_take_away_the_next_ones(host: Any, swarm: bo
         lock.release(host, swarm, None)
         write(host, swarm, other)
     assert lock.read(host, swarm) == other
+
+
+def test_a_lock_that_was_taken_over_by_another_run_meanwhile_stays(
+    host: Any, swarm: bool, dead: lock.Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs have read the same dead owner; the other one was faster, between our look and our removal."""
+    write(host, swarm, dead)
+    other = replace(lock.me("fab deploy"), token="faster")
+    if swarm:
+        look = lock._config
+
+        def slow(manager: Any) -> tuple[str, lock.Owner | None]:
+            found = look(manager)
+            host.docker.remove_config(lock.NAME)
+            write(host, swarm, other)
+            return found
+
+        monkeypatch.setattr(lock, "_config", slow)
+        lock.release(host, swarm, dead.token)
+        monkeypatch.undo()
+    else:
+        lock.release(host, swarm, dead.token)
+        write(host, swarm, other)
+        lock.release(host, swarm, dead.token)
+    assert host.docker.kept if swarm else (Path(lock.FOLDER) / "owner").exists()
+    assert lock.read(host, swarm) == other
+
+
+def test_many_runs_take_over_the_same_dead_lock_and_one_gets_it(
+    host: Any, swarm: bool, dead: lock.Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "me", lambda task, me=lock.me: replace(me(task), pid=os.getpid()))
+    start, inside = threading.Barrier(8), []
+
+    def take(number: int) -> bool:
+        start.wait()
+        try:
+            with lock.held(host, f"task {number}", swarm=swarm):
+                inside.append(number)
+                assert len(inside) == 1, "two at once"
+                time.sleep(0.05)
+                inside.remove(number)
+                return True
+        except Locked:
+            return False
+
+    write(host, swarm, dead)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        assert any(pool.map(take, range(8)))
+    assert lock.read(host, swarm) is None
+
+
+def test_a_folder_that_cannot_be_made_is_not_taken_for_a_held_lock(
+    host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "FOLDER", str(tmp_path / "no such folder" / "lock").replace(" ", "-"))
+    with (
+        pytest.raises(HostError, match=r"host1, take the lock: mktemp: .*No such file"),
+        lock.held(host, MINE, swarm=False),
+    ):
+        pytest.fail("without a lock")
 
 
 def test_it_is_broken_by_decision_only(host: Any, swarm: bool) -> None:

@@ -251,16 +251,26 @@ def test_what_is_sent_to_a_host() -> None:
     assert command.startswith("set -- 10.90.0.1 1420\n")
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         modes = {f"/{info.name}": info.mode for info in tar.getmembers()}
-        written = tar.extractfile("etc/wireguard/swarmmail.conf")
+        written = tar.extractfile("etc/wireguard/swarmmail.new/swarmmail.conf")
         assert written is not None
         assert written.read() == b"[Interface]\nAddress = 10.90.0.1/24\n"
         assert {(info.uid, info.gid) for info in tar.getmembers()} == {(0, 0)}
     assert modes == {
-        "/etc/wireguard/swarmmail.conf": 0o600,
+        "/etc/wireguard/swarmmail.new/swarmmail.conf": 0o600,
         work.GUARD: 0o755,
         "/etc/systemd/system/swarmmail-guard.service": 0o644,
         "/etc/systemd/system/docker.service.d/swarmmail.conf": 0o644,
     }
+
+
+def test_a_configuration_takes_its_place_only_when_it_is_in_force_or_the_tunnel_is_down() -> None:
+    """So a run that was killed in between is seen by the next one, whatever it had changed."""
+    running, _, down = work._ACTIVATE.partition("else\n")
+    place = f"mv -T {work.NEW}/swarmmail.conf {work.CONFIG_FILE}"
+    assert running.index("wg syncconf") < running.index("ip link set") < running.index(place)
+    assert down.index("ip link del") < down.index(place) < down.index("systemctl start")
+    assert work._ACTIVATE.count(work.CONFIG_FILE) == 2
+    assert running.index("flock") < running.index("tar ")  # a killed run's script may still be at work
 
 
 def test_a_key_is_made_on_the_host_and_only_its_public_half_comes_back() -> None:

@@ -198,6 +198,29 @@ def test_a_tunnel_needs_wireguard_or_tun(asked: str, changes: dict[str, bool], p
             net.choose_encryption(inventory, hosts, None)
 
 
+TRANSLATED = {"eth0": ("192.168.1.5",)}
+"""The links of a host that its own advertised address is not on."""
+
+
+def test_an_address_that_is_not_the_hosts_own_is_nat_whether_declared_or_not() -> None:
+    hosts = {"host1": make_facts("host1"), "host2": make_facts("host2", addresses=TRANSLATED)}
+    assert net.choose_encryption(make_inventory("mm"), hosts, None) == ("wireguard", "host2 behind NAT")
+    with pytest.raises(Refused, match=r"host2, network\.encryption: ipsec: is behind address translation.*wireguard"):
+        net.choose_encryption(make_inventory("mm", encryption="ipsec"), hosts, None)
+
+
+@pytest.mark.parametrize("asked", ["auto", "ipsec"])
+def test_an_encrypted_overlay_that_is_there_is_kept_behind_nat_too(asked: str) -> None:
+    """Whether it passes anything is for ``verify`` to say: a plan does not take it away."""
+    hosts = {"host1": make_facts("host1"), "host2": make_facts("host2", addresses=TRANSLATED)}
+    assert net.choose_encryption(make_inventory("mm", encryption=asked), hosts, True)[0] == "ipsec"
+
+
+def test_a_host_that_told_nothing_is_not_taken_for_one_behind_nat() -> None:
+    hosts = {"host1": make_facts("host1"), "host2": make_facts("host2", addresses={})}
+    assert net.choose_encryption(make_inventory("mm"), hosts, None)[0] == "ipsec"
+
+
 def test_ipsec_that_could_pass_nothing_is_refused() -> None:
     hosts = {"host1": make_facts("host1"), "host2": make_facts("host2", esp=False)}
     with pytest.raises(Refused, match=r"host2.*does not accept an ESP state.*load esp4 and gcm"):

@@ -1,0 +1,507 @@
+"""Verify: is what the tasks of the mail network say to each other really encrypted between their hosts?
+
+A marker goes from task to task while both hosts' links are captured; the same marker goes once in clear, so that a
+capture that finds nothing is known to be able to find something; and packets are forged, to see that none is taken.
+``wire/judge.py`` reads the captures, ``wire/verdict.py`` says what they mean.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, TypeVar
+
+from swarmmail import report
+from swarmmail.hosts.connection import Host
+from swarmmail.hosts.facts import gather_all
+from swarmmail.hosts.fleet import Fleet
+from swarmmail.mail import probe
+from swarmmail.mail.accounts import Accounts
+from swarmmail.model import stack
+from swarmmail.model.errors import HostError, SwarmmailError
+from swarmmail.model.facts import HostFacts
+from swarmmail.model.inventory import Inventory
+from swarmmail.model.network import DATA_PORT, MESH
+from swarmmail.wire import capture, judge, verdict
+from swarmmail.wire.capture import Captured
+from swarmmail.wire.judge import Question
+from swarmmail.wire.state import State
+from swarmmail.wire.verdict import End, Evidence, Forgery, Verdict
+
+T = TypeVar("T")
+Hosts = Mapping[str, HostFacts]
+SERVICE = "com.docker.swarm.service.name"
+"""Docker's label on a task's container."""
+PORTS = {"mta": 25, "mda": 24}
+"""Where the tasks of a role listen in the overlay: SMTP and LMTP."""
+NOBODY_LISTENS = 9  # the discard service (RFC 863)
+TIMES = 12
+"""Lines with the marker in a conversation."""
+LETTER = 10_000_000  # bytes
+STRANGER = "192.0.2.77"
+"""An address of nobody (RFC 5737), as a stranger's."""
+OVERHEAD = 50  # bytes of VXLAN over IPv4 (RFC 7348)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who speaks with whom, and what each packet is known by."""
+
+    ends: tuple[End, ...]
+    pairs: tuple[tuple[End, End], ...]
+    backend: str
+    vni: int
+    overlay: str
+    """The network's id."""
+    subnet: str
+    roles: Mapping[str, str]
+    """Service to role."""
+    nonce: str = field(default_factory=lambda: secrets.token_hex(16))
+    """Stands in every packet that is in clear on purpose."""
+    markers: Mapping[tuple[End, End], str] = field(default_factory=dict)
+
+    def port(self, end: End) -> int | None:
+        """Where a task takes SMTP or LMTP; None when it is of no known role."""
+        return PORTS.get(self.roles.get(end.service, ""))
+
+
+@dataclass(frozen=True)
+class _Spoken:
+    """What the agents said for an ordered pair."""
+
+    arrived: bool
+    trouble: str = ""
+    failed: tuple[str, ...] = ()
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """How a packet was forged, to the token in it."""
+
+
+def run(fleet: Fleet, keep: Path | None = None) -> list[Verdict]:
+    """Verify all pairs of tasks; a host that does not answer is unknown. Empty when no two tasks are on the network.
+
+    Args:
+        keep: a folder for the packets that hold a marker in clear: the control, forgeries, and a leak if there is one.
+
+    Raises:
+        HostError: a host lacks tcpdump or python3.
+    """
+    found = _once(fleet, keep)
+    if any(cause.name == "capture-dropped" for one in found for cause in one.causes):
+        report.progress("verify: once more, since packets were not captured")
+        found = _once(fleet, keep)
+    return found
+
+
+def _once(fleet: Fleet, keep: Path | None) -> list[Verdict]:
+    seen = gather_all(fleet, strict=False)
+    plan = _plan(fleet, seen)
+    if not plan.pairs:
+        return _silent(seen)
+    hosts = sorted({end.host for end in plan.ends})
+    report.progress(f"verify: {len(plan.pairs)} pairs, capture on {', '.join(hosts)}")
+    words = _filter(fleet, seen, plan)
+    processes = {host: [end.process for end in plan.ends if end.host == host] for host in hosts}
+    begun = fleet.each(lambda host: capture.start(host, words, plan.overlay, processes[host.name]), hosts)
+    try:
+        spoken = _together(lambda pair: _speak(fleet, seen, plan, begun, *pair), plan.pairs)
+    finally:
+        captured = fleet.each(lambda host: capture.stop(host, begun[host.name]), hosts)
+    letters: dict[tuple[End, End], str] = {}
+    for pair in plan.pairs:
+        if _is_delivery(plan, *pair) and spoken[pair].arrived:
+            try:
+                letters[pair] = _letter(fleet, *pair)
+            except SwarmmailError as error:
+                failed = (*spoken[pair].failed, f"no large message was sent: {error}")
+                spoken[pair] = replace(spoken[pair], failed=failed)
+    evidence = [
+        _evidence(fleet, seen, plan, begun, captured, pair, spoken[pair], letters.get(pair, "")) for pair in plan.pairs
+    ]
+    if keep is not None:
+        _keep(keep, plan, captured)
+    return [*(verdict.judge(one) for one in evidence), *_silent(seen)]
+
+
+# ---- who ----
+
+
+def _plan(fleet: Fleet, hosts: Mapping[str, HostFacts]) -> Plan:
+    """Who is on the network, by each host's own Docker: of a broken network the managers know old things."""
+    inventory = fleet.inventory
+    found = fleet.each(lambda host: _on(host, hosts[host.name], inventory), [n for n, f in hosts.items() if f.engine])
+    network: Mapping[str, Any] = next((one.network for one in found.values() if one.network), {})
+    roles = _roles(inventory)
+    ends = [end for one in found.values() for end in one.ends]
+    ends.sort(key=lambda end: (roles.get(end.service, "") != "mta", end.service, end.host))
+    pairs = tuple((a, b) for a in ends for b in ends if a is not b)
+    options = network.get("Options") or {}
+    pools = (network.get("IPAM") or {}).get("Config") or [{}]
+    meshed = any(facts.mesh.config for facts in hosts.values())
+    return Plan(
+        ends=tuple(ends),
+        pairs=pairs,
+        backend="ipsec" if "encrypted" in options else "wireguard" if meshed else "none",
+        vni=int(str(options.get("com.docker.network.driver.overlay.vxlanid_list", "0")).split(",")[0]),
+        overlay=str(network.get("Id", "")),
+        subnet=pools[0].get("Subnet", ""),
+        roles=roles,
+        markers={pair: secrets.token_hex(32) for pair in pairs},
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a host's Docker says: its tasks on the network, and the network, if there are any."""
+
+    ends: tuple[End, ...] = ()
+    network: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _on(host: Host, facts: HostFacts, inventory: Inventory) -> _Found:
+    name = inventory.network.name
+    prefix = f"{inventory.stack.name}_" if inventory.stack is not None else ""
+    ends = []
+    network: Mapping[str, Any] = {}
+    with host.doing("look for tasks on the network"):
+        for container in host.docker.containers(filters={"label": SERVICE}):
+            raw = host.docker.inspect_container(container["Id"])
+            attached = raw["NetworkSettings"]["Networks"].get(name)
+            if attached is None or not raw["State"]["Running"]:
+                continue
+            ends.append(
+                End(
+                    host=host.name,
+                    service=raw["Config"]["Labels"][SERVICE].removeprefix(prefix),
+                    address=attached["IPAddress"],
+                    mac=attached["MacAddress"].lower(),
+                    process=raw["State"]["Pid"],
+                    data_path=facts.node_address,
+                )
+            )
+            network = network or host.docker.inspect_network(attached["NetworkID"])
+    return _Found(tuple(ends), network)
+
+
+def _roles(inventory: Inventory) -> dict[str, str]:
+    if inventory.stack is None:
+        return {}
+    return {name: service.role for name, service in stack.read(inventory).services.items()}
+
+
+def _silent(hosts: Mapping[str, HostFacts]) -> list[Verdict]:
+    """Hosts of which nothing can be said."""
+    return [
+        Verdict(name, verdict.UNKNOWN, (verdict.Cause("away", verdict.UNKNOWN, f"{name}: {why}"),), ())
+        for name, facts in hosts.items()
+        if (why := facts.unreachable or ("" if facts.engine else "Docker does not answer"))
+    ]
+
+
+def _is_delivery(plan: Plan, sender: End, receiver: End) -> bool:
+    return (plan.roles.get(sender.service), plan.roles.get(receiver.service)) == ("mta", "mda")
+
+
+def _addresses(fleet: Fleet, seen: Hosts, host: str) -> frozenset[str]:
+    """By which the host is seen on the underlay."""
+    links = seen[host].addresses
+    own = {
+        a for link, all_ in links.items() if link not in (MESH, "lo") and not link.startswith("docker") for a in all_
+    }
+    return frozenset(own | {fleet.inventory.hosts[host].advertise})
+
+
+def _filter(fleet: Fleet, seen: Hosts, plan: Plan) -> str:
+    """What is captured: all between the hosts, and what belongs to the network wherever it goes; but no SSH."""
+    hosts = {address for end in plan.ends for address in _addresses(fleet, seen, end.host)}
+    hosts |= {end.data_path for end in plan.ends}
+    ssh = sorted({22, *(fleet.inventory.hosts[end.host].port for end in plan.ends)})
+    what = [
+        f"udp port {DATA_PORT}",
+        f"udp port {fleet.inventory.network.tunnel_port}",
+        "ip proto 50",
+        "ip6 proto 50",
+        f"net {plan.subnet}",
+        *(f"host {address}" for address in sorted(hosts) if not address.startswith("fe80")),
+    ]
+    return f"({' or '.join(what)}) and not tcp port {' and not tcp port '.join(map(str, ssh))}"
+
+
+# ---- what is sent ----
+
+
+def _speak(fleet: Fleet, seen: Hosts, plan: Plan, begun: Mapping[str, State], sender: End, receiver: End) -> _Spoken:
+    marker = plan.markers[sender, receiver]
+    jobs: list[dict[str, Any]] = []
+    port = plan.port(receiver)
+    if port is not None:
+        jobs.append({"do": "speak", "address": receiver.address, "port": port, "marker": marker, "times": TIMES})
+    jobs.append({"do": "say", "address": receiver.address, "port": NOBODY_LISTENS, "payload": marker, "times": 3})
+    failed: list[str] = []
+    in_clear = _control(fleet, seen, plan, begun, sender, receiver)
+    forged, tokens = _forge(fleet, seen, plan, begun, sender, receiver)
+    try:
+        answers = capture.ask(fleet[sender.host], [*in_clear, *forged])
+        failed += [f"{sender.host}: {one['error']}" for one in answers if "error" in one]
+        answers = capture.ask(fleet[sender.host], jobs, sender.process)
+    except HostError as error:
+        return _Spoken(False, failed=(str(error),), tokens=tokens)
+    said = answers[0] if port is not None else {}
+    return _Spoken(
+        arrived=said.get("answers", 0) == TIMES,
+        trouble=said.get("error", ""),
+        failed=tuple(failed),
+        tokens=tokens,
+    )
+
+
+def _control(
+    fleet: Fleet, seen: Hosts, plan: Plan, begun: Mapping[str, State], sender: End, receiver: End
+) -> list[dict[str, Any]]:
+    """The marker in clear, by the way that the encrypted packets take."""
+    payload = f"{plan.nonce} {plan.markers[sender, receiver]}"
+    if sender.host == receiver.host:
+        others = [name for name in fleet.inventory.hosts if name != sender.host and not fleet.inventory.hosts[name].nat]
+        if not others:
+            return []
+        target = fleet.inventory.hosts[others[0]].advertise
+        return [_datagram(target, NOBODY_LISTENS, NOBODY_LISTENS, payload)]
+    state = begun[sender.host]
+    if plan.backend == "wireguard":
+        target, port = _underlay_of(fleet, state, receiver)
+        return [_datagram(target, state.port or port, port, payload)]
+    return [_datagram(receiver.data_path, NOBODY_LISTENS, NOBODY_LISTENS, payload)]
+
+
+def _datagram(address: str, source_port: int, port: int, payload: str) -> dict[str, Any]:
+    return {"do": "control", "address": address, "from": source_port, "port": port, "payload": payload, "times": 2}
+
+
+def _underlay_of(fleet: Fleet, state: State, receiver: End) -> tuple[str, int]:
+    """Address and port by which a host reaches another's tunnel: as WireGuard has it now, else the inventory's."""
+    peer = state.peer_at(receiver.data_path)
+    if peer is not None and peer.endpoint is not None:
+        return peer.endpoint
+    return fleet.inventory.hosts[receiver.host].advertise, fleet.inventory.network.tunnel_port
+
+
+def _forge(
+    fleet: Fleet, seen: Hosts, plan: Plan, begun: Mapping[str, State], sender: End, receiver: End
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Packets for the receiving task, made beside Docker: as a stranger on the network would.
+
+    A hardware address that the host knows from elsewhere is dropped by VXLAN for that reason alone, so one that
+    nobody has is tried as well; likewise the address of a stranger and of a peer.
+    """
+    if sender.host == receiver.host:
+        return [], {}
+    here = fleet.inventory.hosts[sender.host].advertise
+    there, _ = _underlay_of(fleet, begun[sender.host], receiver)
+    if ip_address(there).version != 4 or ip_address(here).version != 4:
+        return [], {}
+    nobody = "02:" + ":".join(secrets.token_hex(1) for _ in range(5))
+    tokens: dict[str, str] = {}
+    packets = []
+    for source in dict.fromkeys((STRANGER, here, sender.data_path)):
+        for target in dict.fromkeys((there, receiver.data_path)):
+            for mac, whose in ((nobody, "nobody's"), (sender.mac, "a peer's")):
+                how = f"from {source} to {target}, {whose} MAC"
+                tokens[how] = f"{plan.nonce} {secrets.token_hex(16)}"
+                packets.append(
+                    {
+                        "source": source,
+                        "target": target,
+                        "vni": plan.vni,
+                        "inner_source": sender.address,
+                        "inner_target": receiver.address,
+                        "inner_source_mac": mac,
+                        "inner_target_mac": receiver.mac,
+                        "token": tokens[how],
+                    }
+                )
+    return [{"do": "forge", "via": there, "port": DATA_PORT, "packets": packets}], tokens
+
+
+def _letter(fleet: Fleet, sender: End, receiver: End) -> str:
+    """A large message by LMTP, over the network: what only fails for large packets fails here."""
+    recipient = probe.address(fleet.inventory)
+    if recipient is None:
+        return ""
+    with Accounts(fleet).temporary(recipient):
+        job = {
+            "do": "letter",
+            "address": receiver.address,
+            "port": PORTS["mda"],
+            "recipient": recipient,
+            "marker": secrets.token_hex(16),
+            "bytes": LETTER,
+        }
+        answer = capture.ask(fleet[sender.host], [job], sender.process)[0]
+    return f"{answer['status']}{' at ' + answer['at'] if 'at' in answer else ''}"
+
+
+# ---- what was seen ----
+
+
+def _evidence(
+    fleet: Fleet,
+    seen: Hosts,
+    plan: Plan,
+    begun: Mapping[str, State],
+    captured: Mapping[str, Captured],
+    pair: tuple[End, End],
+    spoken: _Spoken,
+    letter: str,
+) -> Evidence:
+    sender, receiver = pair
+    marker = plan.markers[pair].encode()
+    inside = captured[receiver.host].inside.get(receiver.process, b"")
+    whole = captured[receiver.host].underlay
+    tunnels = [facts.mtus[MESH] for facts in seen.values() if MESH in facts.mtus]
+    return Evidence(
+        sender=sender,
+        receiver=receiver,
+        backend=plan.backend,  # type: ignore[arg-type]
+        vni=plan.vni,
+        arrived=spoken.arrived if plan.port(receiver) else marker in inside,
+        datagrams=marker in inside,
+        trouble=spoken.trouble,
+        at_sender=_look(fleet, seen, plan, begun, captured, pair, sender, receiver),
+        at_receiver=_look(fleet, seen, plan, begun, captured, pair, receiver, sender),
+        states=begun,
+        dropped=captured[sender.host].dropped + captured[receiver.host].dropped,
+        forgeries=tuple(
+            Forgery(how, reached=token.encode() in whole, delivered=token.encode() in inside)
+            for how, token in spoken.tokens.items()
+        ),
+        failed=spoken.failed,
+        alone=len(fleet.inventory.hosts) == 1,
+        mtu=min(tunnels) - OVERHEAD if plan.backend == "wireguard" and tunnels else 0,
+        letter=letter,
+    )
+
+
+def _look(
+    fleet: Fleet,
+    seen: Hosts,
+    plan: Plan,
+    begun: Mapping[str, State],
+    captured: Mapping[str, Captured],
+    pair: tuple[End, End],
+    here: End,
+    there: End,
+) -> judge.Seen | None:
+    """The judge's reading of one host's capture; None when there is none."""
+    state = begun[here.host]
+    if state.ready != "yes":
+        return None
+    peer = state.peer_at(there.data_path)
+    endpoint = {peer.endpoint[0]} if peer is not None and peer.endpoint is not None else set()
+    ports = {state.port, begun[there.host].port, *({peer.endpoint[1]} if peer is not None and peer.endpoint else ())}
+    question = Question(
+        here=_addresses(fleet, seen, here.host),
+        there=_addresses(fleet, seen, there.host) | endpoint,
+        vni=plan.vni,
+        data_port=DATA_PORT,
+        tunnel_ports=frozenset(ports - {0}) if plan.backend == "wireguard" else frozenset(),
+        marker=plan.markers[pair].encode(),
+        control=plan.nonce.encode(),
+        ignore=state.ignore,
+    )
+    try:
+        return judge.judge(captured[here.host].underlay, question)
+    except judge.NotACapture:
+        return None
+
+
+def _keep(folder: Path, plan: Plan, captured: Mapping[str, Captured]) -> None:
+    """Save what was judged, and nothing else: mail that passed meanwhile stays unsaved."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    needles = [plan.nonce.encode(), *(marker.encode() for marker in plan.markers.values())]
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    for host, one in captured.items():
+        file = folder / f"verify-{stamp}-{host}.pcap"
+        file.touch(mode=0o600)
+        file.write_bytes(judge.only(one.underlay, needles))
+        report.progress(f"kept {file}", host)
+
+
+def _together(work: Callable[[Any], T], items: Iterable[Any]) -> dict[Any, T]:
+    """Do ``work`` for all items at once; results by item."""
+    todo: Sequence[Any] = list(items)
+    if not todo:
+        return {}
+    with ThreadPoolExecutor(max_workers=min(8, len(todo))) as pool:
+        return dict(zip(todo, pool.map(work, todo), strict=True))
+
+
+# ---- what is shown ----
+
+
+def all_proven(found: Sequence[Verdict]) -> bool:
+    """Whether there was something to prove, and it is proven."""
+    return bool(found) and all(one.outcome == verdict.PROVEN for one in found)
+
+
+def show(found: Sequence[Verdict]) -> None:
+    """A table of the pairs; below it why, and what was counted."""
+    if not found:
+        report.result("verify: nothing to prove: no two tasks are on the mail network (run: fab deploy)")
+        return
+    report.table("", ("pair", "verdict", "why"), [(one.pair, one.outcome, _why(one)) for one in found])
+    for one in found:
+        report.result(f"\n{one.pair}")
+        for cause in one.causes[1:]:
+            report.result(f"  also: {cause.text} -> {cause.mend}")
+        for line in one.evidence:
+            report.result(f"  {line}")
+    if all_proven(found):
+        report.result(f"verify: proven for {len(found)} pairs", good=True)
+    else:
+        bad = sum(one.outcome != verdict.PROVEN for one in found)
+        report.result(f"verify: NOT proven for {bad} of {len(found)} pairs", good=False)
+
+
+def lines(found: Sequence[Verdict]) -> None:
+    """One line a pair."""
+    for one in found:
+        report.result(f"verify: {one.pair}: {one.outcome}: {_why(one)}", good=one.outcome == verdict.PROVEN)
+
+
+def _why(one: Verdict) -> str:
+    return one.text if one.causes else "the marker arrived, nothing of it could be read, nothing forged was taken"
+
+
+def document(found: Sequence[Verdict]) -> dict[str, Any]:
+    """For ``--json``."""
+    return {
+        "proven": all_proven(found),
+        "pairs": [
+            {
+                "pair": one.pair,
+                "verdict": one.outcome,
+                "causes": [asdict(cause) for cause in one.causes],
+                "evidence": list(one.evidence),
+            }
+            for one in found
+        ],
+    }
+
+
+def watch(fleet: Fleet, interval: float, keep: Path | None = None) -> None:
+    """Verify again and again, every ``interval`` seconds, a line a pair each time. Ends only when interrupted."""
+    while True:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            found = run(fleet, keep)
+            words = [f"{one.pair} {one.outcome}" + (f" ({one.text})" if one.causes else "") for one in found]
+            report.result(f"{stamp}  {'; '.join(words) or 'nothing to prove'}", good=all_proven(found))
+        except SwarmmailError as error:
+            report.result(f"{stamp}  unknown: {error}", good=False)
+            for host in fleet:
+                host.close()
+        time.sleep(interval)
