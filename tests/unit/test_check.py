@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from builders import address, make_facts, make_inventory
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmmail.cluster import check as cluster
@@ -432,6 +432,7 @@ def test_a_small_path() -> None:
     assert not check_pair.passes(m, "host2", "host1", ends) and check_pair.passes(m, "host2", "host3", ends)
 
 
+@settings(deadline=None)
 @given(st.integers(1280, 9216))
 def test_every_mtu_is_found_to_within_a_step(mtu: int) -> None:
     tried = check_pair.sizes(9216)
@@ -546,6 +547,7 @@ words = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.text() | words | st.lists(words).map(" ".join) | st.lists(words).map("\n".join))
 def test_no_answer_of_a_host_breaks_the_check(text: str) -> None:
     m = measured()

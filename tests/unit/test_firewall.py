@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmmail.model.firewall import OUTBOUND, Packet, Ruleset
@@ -131,6 +131,7 @@ def _raw(rules: list[list[dict[str, Any]]]) -> str:
     )
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_what_is_no_ruleset_drops_nothing(text: str) -> None:
     assert Ruleset(text).drops(UDP) is None
@@ -143,6 +144,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(json_values, max_size=3), json_values)
 def test_strange_rules_break_nothing(expressions: list[Any], right: Any) -> None:
     ruleset([*expressions, DROP], [match("ip", "saddr", right), DROP], [match("udp", "dport", right), DROP]).drops(UDP)
