@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from invoke import Collection
 
-from swarmmail.tasks import bootstrap, lab, mail, verify
+from swarmmail.tasks import bootstrap, check, lab, mail, verify
 
-ns = Collection(bootstrap.bootstrap, bootstrap.plan, mail.deploy, mail.status, verify.verify)
+ns = Collection(bootstrap.bootstrap, bootstrap.plan, check.check, mail.deploy, mail.status, verify.verify)
 ns.add_task(mail.send_probe, name="probe")
 ns.add_collection(mail.user)
 ns.add_collection(mail.queue)

@@ -23,6 +23,8 @@ HELP = {
     "inventory": "inventory file, or its name in inventories/ (else SWARMMAIL_INVENTORY, fabric.yml, the only one)",
     "plan": "only show what would be done",
     "json": "one JSON document on standard output",
+    "strict": "exit status 1 when there are warnings",
+    "smtp": "a mail server of somebody's, to try port 25 at",
     "no_probe": "leave the test mail at the end out",
     "no_verify": "leave the proof of encryption at the end out",
     "keep_pcap": "folder for the packets that were judged",
