@@ -11,7 +11,7 @@ from dataclasses import replace
 import tenacity
 
 from swarmmail import report
-from swarmmail.cluster import install, lock, mesh, overlay, swarm
+from swarmmail.cluster import check, install, lock, mesh, overlay, swarm
 from swarmmail.hosts.connection import Host
 from swarmmail.hosts.facts import gather_all
 from swarmmail.hosts.fleet import Fleet
@@ -19,6 +19,7 @@ from swarmmail.model import bootstrap as model
 from swarmmail.model.bootstrap import Design, Observed
 from swarmmail.model.errors import HostError, Refused, SwarmmailError
 from swarmmail.model.facts import HostFacts
+from swarmmail.model.findings import Level
 from swarmmail.model.inventory import Inventory
 from swarmmail.model.plan import Action, Plan, Step
 from swarmmail.model.swarm import Swarm
@@ -130,12 +131,14 @@ def show(plan: Plan) -> None:
         report.table("plan", ["", "host", "step"], [("+", s.host, s.text) for s in plan.steps])
 
 
-def run(fleet: Fleet) -> bool:
+def run(fleet: Fleet, preflight: bool = True) -> bool:
     """Bring the hosts to the wanted state; False when there was nothing to do.
 
-    What can't be seen before something else is done or has woken up makes a further round.
+    What can't be seen before something else is done or has woken up makes a further round. ``preflight``: before a
+    host becomes a member, look at all hosts and between them.
 
     Raises:
+        Refused: the preflight found an error; nothing was changed.
         SwarmmailError: any step failed, or the end state is not what the inventory wants.
     """
     inventory, changed = fleet.inventory, False
@@ -152,6 +155,9 @@ def run(fleet: Fleet) -> bool:
             break
         with _locked(fleet, design):
             show(plan)
+            if preflight and (plan.of(Action.INIT) or plan.of(Action.JOIN)):
+                _preflight(fleet)
+                preflight = False
             apply(fleet, design, plan)
         changed = True
         report.progress("check: is it as wanted, and do all nodes hear each other?")
@@ -160,6 +166,16 @@ def run(fleet: Fleet) -> bool:
     raise SwarmmailError(
         f"not all is as wanted after bootstrap: {'; '.join(left)}", hint="run it again; it goes on from here"
     )
+
+
+def _preflight(fleet: Fleet) -> None:
+    found = check.run(fleet)
+    for one in found:
+        if one.level is Level.WARNING:
+            report.warning(f"{one.where}, {one.what}: {one.measured} -> see: fab check")
+    errors = [f"{f.where}, {f.what}: {f.measured} -> {f.mend}" for f in found if f.level is Level.ERROR]
+    if errors:
+        raise Refused("\n".join(errors), hint="nothing was changed; see: fab check (--no-check goes on all the same)")
 
 
 def _after(fleet: Fleet, before: Observed, done: Plan) -> Observed:

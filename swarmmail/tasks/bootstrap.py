@@ -14,17 +14,20 @@ from swarmmail.tasks.door import door, dry, fleet, status
 
 
 @door
-def bootstrap(c: Any, inventory: str | None = None, plan: bool = False, no_verify: bool = False) -> None:
+def bootstrap(
+    c: Any, inventory: str | None = None, plan: bool = False, no_check: bool = False, no_verify: bool = False
+) -> None:
     """Make one Swarm of the hosts, with the encrypted overlay for LMTP.
 
     Changes: installs Docker (and WireGuard) where missing, joins the hosts, labels the nodes, creates the
-    overlay. Run again, it repairs what is missing and leaves the rest. --plan only shows what it would do. When it
-    changed something and mail services run, the proof of encryption is the last step; --no-verify leaves it out.
+    overlay. Run again, it repairs what is missing and leaves the rest. --plan only shows what it would do. Before
+    a host becomes a member, `check` looks for what would be in the way (--no-check leaves it out); when something
+    was changed and mail services run, the proof of encryption is the last step (--no-verify leaves it out).
     """
     hosts = fleet(c, inventory)
     if dry(c, plan):
         cluster.show(cluster.decide(hosts.inventory, cluster.observe(hosts))[1])
-    elif cluster.run(hosts):
+    elif cluster.run(hosts, preflight=not no_check):
         report.result(f"bootstrap: {hosts.inventory.cluster} is as the inventory wants it", good=True)
         verify.at_the_end(hosts, no_verify)
     else:

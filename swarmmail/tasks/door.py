@@ -26,6 +26,7 @@ HELP = {
     "strict": "exit status 1 when there are warnings",
     "smtp": "a mail server of somebody's, to try port 25 at",
     "no_probe": "leave the test mail at the end out",
+    "no_check": "leave the look at the hosts before the first change out",
     "no_verify": "leave the proof of encryption at the end out",
     "keep_pcap": "folder for the packets that were judged",
     "watch": "verify again and again, each time after so long: 90s, 30m, 12h",

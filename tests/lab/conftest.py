@@ -440,16 +440,18 @@ def fresh(lab: Project) -> Project:
 
 @pytest.fixture
 def clustered(lab: Project) -> Project:
-    if lab.bootstrap(CLUSTER).status != 0:
+    if lab.bootstrap(CLUSTER, "--no-check").status != 0:
         lab.reset()
-        lab.bootstrap(CLUSTER, check=0)
+        lab.bootstrap(CLUSTER, "--no-check", check=0)
     return lab
 
 
 @pytest.fixture
 def deployed(lab: Project) -> Project:
     lab.inventory(MAIL, stack=STACK)
-    both = functools.partial(lab.fab, "bootstrap", "deploy", env={"SWARMMAIL_INVENTORY": MAIL}, timeout=300)
+    both = functools.partial(
+        lab.fab, "bootstrap", "--no-check", "deploy", "--no-verify", env={"SWARMMAIL_INVENTORY": MAIL}, timeout=300
+    )
     if both().status != 0:
         lab.reset()
         both(check=0)

@@ -101,7 +101,7 @@ class Rounds:
 
 @pytest.fixture
 def rounds(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def play(*plans: Plan) -> tuple[bool, Rounds]:
+    def play(*plans: Plan, preflight: bool = False) -> tuple[bool, Rounds]:
         played = Rounds(*plans)
 
         @contextlib.contextmanager
@@ -115,7 +115,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(bootstrap, "SETTLE", 0.1)
         monkeypatch.setattr(bootstrap, "QUIET", 0.1)
         monkeypatch.setattr(bootstrap, "apply", lambda fleet, design, plan: played.applied.append(plan))
-        return bootstrap.run(Fleet()), played  # type: ignore[arg-type]
+        return bootstrap.run(Fleet(), preflight), played  # type: ignore[arg-type]
 
     return play
 
@@ -150,6 +150,22 @@ def test_what_does_not_heal_is_an_error(rounds: Any) -> None:
 def test_what_never_ends_is_an_error(rounds: Any) -> None:
     with pytest.raises(SwarmmailError, match="host1: start Docker"):
         rounds(WORK)
+
+
+@pytest.mark.parametrize("level", list(findings.Level))
+def test_before_a_host_becomes_a_member_the_preflight_may_stop_everything(
+    rounds: Any, monkeypatch: pytest.MonkeyPatch, level: findings.Level
+) -> None:
+    looks: list[str] = []
+    found = findings.Finding(level, "host1 -> host2", "UDP 51820", "does not arrive", "why", "ufw allow 51820/udp")
+    monkeypatch.setattr(bootstrap.check, "run", lambda fleet: looks.append("look") or [found])
+    if level is findings.Level.ERROR:
+        with pytest.raises(Refused, match="host1 -> host2, UDP 51820: does not arrive -> ufw allow.*--no-check"):
+            rounds(MORE, Plan(), preflight=True)
+    else:
+        assert rounds(WORK, MORE, MORE, Plan(), preflight=True)[1].applied == [WORK, MORE, MORE]
+        rounds(WORK, Plan(), preflight=True)
+    assert looks == ["look"], "once, and only where a host joins"
 
 
 NAMED = Plan((Step(Action.LABEL, "host1", "label its node"),))
