@@ -136,9 +136,9 @@ LEAKS = {
     "data path beside the tunnel": Leak(
         ("data-path",),
         {
-            "host1": "id=$(docker network inspect -f '{{.Id}}' local-mail-delivery); "
-            "ns=/var/run/docker/netns/1-$(echo $id | cut -c1-10); mac=$(nsenter --net=$ns bridge fdb show | "
-            "awk '/dst 10.90.0.3/ {print $1; exit}'); nsenter --net=$ns bridge fdb replace $mac dev vxlan0 "
+            "host1": "id=$(docker network inspect -f '{{.Id}}' local-mail-delivery); mac={mac}; "
+            "ns=/var/run/docker/netns/1-$(echo $id | cut -c1-10); "
+            "nsenter --net=$ns bridge fdb replace $mac dev vxlan0 "
             "dst $(wg show swarmmail endpoints | sed -n 's/.*\\t\\(.*\\.13\\):.*/\\1/p') self permanent; "
             "echo $ns $mac >/run/planted"
         },
@@ -194,7 +194,7 @@ def _drawn() -> list[str]:
 
 @contextmanager
 def planted(project: Project, leak: Leak) -> Iterator[None]:
-    words = _task(project) if any("{pid}" in script for script in leak.plant.values()) else {}
+    words = _task(project) if any("{pid}" in script or "{mac}" in script for script in leak.plant.values()) else {}
 
     def on_hosts(scripts: dict[str, str]) -> None:
         for host, script in scripts.items():
@@ -211,14 +211,14 @@ def planted(project: Project, leak: Leak) -> Iterator[None]:
 
 
 def _task(project: Project) -> dict[str, str]:
-    """The MDA's process, its link in the overlay and that link's MTU."""
+    """The MDA's process, its link in the overlay, that link's MTU and hardware address."""
     pid = project.sh(
         "host3", f"docker inspect -f '{{{{.State.Pid}}}}' {container(project, 'host3', 'mail_mda')}"
     ).strip()
     links = json.loads(project.sh("host3", f"nsenter -t {pid} -n ip -j addr"))
     for link in links:
         if any(address.get("local", "").startswith("10.90.1.") for address in link.get("addr_info", ())):
-            return {"pid": pid, "link": link["ifname"], "mtu": str(link["mtu"])}
+            return {"pid": pid, "link": link["ifname"], "mtu": str(link["mtu"]), "mac": link["address"]}
     raise AssertionError(f"no link in the overlay: {links}")
 
 
