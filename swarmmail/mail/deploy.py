@@ -229,7 +229,14 @@ def _generation(name: str, where: Place, seen: Seen) -> int:
     if raw is not None:
         env = model.pairs(raw["Spec"]["TaskTemplate"]["ContainerSpec"].get("Env"))
         given = env.get("SWARMMAIL_GENERATION", "")
-        if given.isdigit() and int(given) <= where.generation:
+        if given.isdigit() and int(given) > where.generation:
+            raise Refused(
+                f"its volume is an old copy: generation {where.generation}, the service wants {given}",
+                host=where.host,
+                step=f"place {name}",
+                hint="bring the newer copy back; see: fab status",
+            )
+        if given.isdigit():
             return int(given)
     return where.generation
 

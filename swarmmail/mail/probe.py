@@ -20,12 +20,14 @@ import tenacity
 from swarmmail import report
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail.accounts import Accounts
+from swarmmail.mail.services import Container
 from swarmmail.model.errors import HostError, InputError, SwarmmailError
 from swarmmail.model.inventory import Inventory
 from swarmmail.model.stack import StackFile
 
 USER = "swarmmail-probe"
 LIMIT = 30  # seconds from 250 to the mailbox
+AGAIN = 5  # seconds
 HELO = "probe.swarmmail.invalid"
 T = TypeVar("T")
 TIMEOUT = 15  # seconds for one answer
@@ -93,7 +95,7 @@ def _send_and_read(
         try:
             client = _login(fleet, mda.name, port, imaps, address, password)
             try:
-                _await(client, token)
+                _await(client, token, accounts.mta)
             finally:
                 client.logout()
         except tenacity.RetryError:
@@ -164,10 +166,18 @@ def _login(fleet: Fleet, host: str, port: int, imaps: bool, address: str, passwo
     return client
 
 
-def _await(client: imaplib.IMAP4, token: str) -> None:
-    """Poll the mailbox until the token is there, then remove the mail. Raises tenacity.RetryError."""
+def _await(client: imaplib.IMAP4, token: str, mta: Container) -> None:
+    """Poll the mailbox until the token is there, then remove the mail. Raises tenacity.RetryError.
+
+    An MTA that tried while the MDA was starting waits a minute: it is asked to try again.
+    """
+    asked = time.monotonic()
 
     def look() -> list[bytes]:
+        nonlocal asked
+        if time.monotonic() - asked > AGAIN:
+            asked = time.monotonic()
+            mta.exec("postqueue -f", step="flush the queue", check=False)
         client.select("INBOX")
         found: list[bytes] = client.search(None, "SUBJECT", token)[1][0].split()
         return found

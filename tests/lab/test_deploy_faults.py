@@ -268,7 +268,7 @@ def words_of_the_fence(project: Project, host: str, service: str) -> str:
     [
         ({"cluster": "foreign"}, "belongs to cluster 'foreign', not to 'test'", "no volume with a marker"),
         ({"generation": "0"}, r"is an old copy \(generation 0, wanted 1\)", "."),
-        ({"node": "another"}, "was made for node 'another'", "."),
+        ({"node": "another"}, r"was made for node 'another', this is '\w+'", "."),
         ({"state": "stale"}, "is marked 'stale', not 'live'", "no live copy"),
     ],
     ids=["cluster", "generation", "node", "state"],
@@ -322,7 +322,7 @@ def test_a_label_moved_by_hand_brings_no_empty_mailbox_to_life(deployed: Project
     )
     healed(deployed)
     arrives(deployed, address, "a secret of the tests", token)
-    deployed.sh("host2", "docker volume rm -f mail_mail")
+    deployed.sh("host2", "docker container prune -f; docker volume rm -f mail_mail")
     deployed.fab("user.remove", address, "--mail", "--inventory", MAIL, check=0)
 
 
@@ -355,7 +355,7 @@ def test_a_host_that_is_away(deployed: Project) -> None:
         assert "deploy: nothing to do\n" in result.stdout
         assert any("host2 does not answer" in event for event in result.events), str(result)
         deployed.stop("host3")
-        deploy(deployed).error("host3, ssh: ")
+        deploy(deployed).error("(host3, ssh: |no manager answers for the Swarm)")  # host1 alone is no majority
     finally:
         deployed.up()
     eventually(lambda: deployed.bootstrap(MAIL, "--plan").status == 0, 60, "the Swarm has its leader again")
@@ -368,9 +368,10 @@ def test_a_host_that_is_away(deployed: Project) -> None:
 def test_two_operators_at_once(empty: Project) -> None:
     both = [empty.start("deploy", "--inventory", MAIL) for _ in range(2)]
     results = sorted((empty.finish(process) for process in both), key=lambda result: result.status)
-    assert results[0].status == 0 and re.match(DONE, results[0].stdout.splitlines()[-1]), str(results)
+    assert results[0].status == 0 and re.search(DONE, results[0].stdout, re.M), str(results)
     if results[1].status:  # else one was over before the other began
-        results[1].error("host1, lock: ", r"\(process \d+\) has been at work on 'deploy' for \d+ s", "fab lock.break")
+        # what the other one has made only half of it may see too
+        results[1].error(r"(host1, lock: .*\(process \d+\) has been at work on 'deploy' for \d+ s.*|place m[td]a: )")
     healed(empty)
 
 
@@ -425,8 +426,10 @@ def test_a_deploy_that_is_killed_anywhere_is_finished_by_the_next(empty: Project
         _, said = going.communicate()
         result = deploy(empty)
         assert result.status == 0, f"killed after {after:.2f} s, having said {said}\n{result}"
-        done = result.stdout.splitlines()[-1]
-        assert done == "deploy: nothing to do" or re.match(DONE, done), str(result)
+        nothing = result.stdout == "deploy: nothing to do\n"
+        assert nothing or re.search(DONE, result.stdout, re.M), str(result)
+        if nothing:
+            empty.fab("probe", "--inventory", MAIL, check=0)
         assert accounts_of(empty) == "", "also the probe of the killed run is tidied away"
     healed(empty)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import MAIL, STACK, Project, eventually
-from mailing import container, deploy
+from mailing import container
 
 pytestmark = pytest.mark.lab
 
@@ -109,7 +109,11 @@ ASIDE = "ip route add 10.90.0.{0}/32 via $(wg show swarmmail endpoints | sed -n 
 
 LEAKS = {
     "tunnel down on one host": Leak(("tunnel-down",), {"host3": NO_TUNNEL}),
-    "tunnel down on both": Leak(("tunnel-down",), {"host1": NO_TUNNEL, "host3": NO_TUNNEL}),
+    "tunnel down on both": Leak(  # two managers of three: without a majority bootstrap can't begin
+        ("tunnel-down",),
+        {"host1": NO_TUNNEL, "host3": NO_TUNNEL},
+        {"host1": "systemctl start wg-quick@swarmmail", "host3": "systemctl start wg-quick@swarmmail"},
+    ),
     "tunnel and blackhole gone": Leak(("tunnel-down", "blackhole-missing"), {"host1": f"{NO_TUNNEL}; {NO_ROUTE}"}),
     "blackhole route missing": Leak(("blackhole-missing",), {"host1": NO_ROUTE}),
     "rule against foreign VXLAN missing": Leak(("forged",), {"host3": NO_GUARD}),
@@ -237,7 +241,7 @@ def test_a_planted_leak_is_never_proven(deployed: Project, name: str) -> None:
         assert "nothing to do" not in mended.stdout, str(mended)
         assert len(re.findall(r"^verify: .*: proven: ", mended.stdout, re.M)) == 2, str(mended)
     else:
-        eventually(lambda: proven(deployed), 30, "proven again")
+        eventually(lambda: proven(deployed), 90, "proven again")
 
 
 def test_without_encryption_it_is_broken_and_says_what_was_read(fresh: Project) -> None:
@@ -272,21 +276,10 @@ def test_without_tcpdump_it_says_what_to_install(deployed: Project) -> None:
 
 
 def test_a_watch_is_a_line_each_time_until_interrupted(deployed: Project, fab: Callable[..., Any]) -> None:
-    import signal
-
     watching = deployed.start("verify", "--watch", "1s", "--inventory", MAIL)
     assert watching.stdout is not None
     lines = [watching.stdout.readline() for _ in range(2)]
-    watching.send_signal(signal.SIGINT)
+    watching.terminate()
     watching.communicate(timeout=30)
     assert all(re.match(rf"20\d\d-.*  {DELIVERY} proven; {RETURN} proven\n", line) for line in lines), lines
     fab("verify", "--watch", "12", "--inventory", MAIL).error("--watch 12: allowed: a whole number of s, m, h or d")
-
-
-def test_both_tasks_on_one_host_put_nothing_on_the_wire(fresh: Project) -> None:
-    name = fresh.inventory("together", stack={**STACK, "placement": {"mta": "host3", "mda": "host3"}})
-    fresh.bootstrap(name, check=0)
-    deploy(fresh, inventory=name, check=0, timeout=300)
-    for one in verify(fresh, inventory=name).values():
-        assert one["verdict"] == "proven", one
-        assert one["evidence"][0] == "both on host3: nothing leaves it, nothing to encrypt"
