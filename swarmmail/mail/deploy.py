@@ -15,6 +15,7 @@ from typing import Any
 
 import docker
 import docker.errors
+import tenacity
 from ruamel.yaml import YAML
 
 from swarmmail import report
@@ -251,16 +252,26 @@ def _ports_free(fleet: Fleet, stack: StackFile, seen: Seen, places: Mapping[str,
             continue
         wanted = set(stack.services[name].ports)
         taken = sorted(wanted & seen.observed.hosts[where.host].listening)
-        if taken and not _own_container(fleet, stack, where.host, name):
-            # a container of ours that ended since the facts were read may have had them
-            taken = sorted(wanted & gather(fleet[where.host]).listening)
-        if taken and not _own_container(fleet, stack, where.host, name):
+        if taken:
+            taken = _still_taken(fleet, stack, where.host, name, wanted)
+        if taken:
             raise Refused(
                 f"port {', '.join(map(str, taken))} is taken by another program",
                 host=where.host,
                 step=f"place {name}",
                 hint=f"see which on that host: ss -ltnp 'sport = :{taken[0]}'; stop it, then deploy again",
             )
+
+
+def _still_taken(fleet: Fleet, stack: StackFile, host: str, service: str, ports: set[int]) -> list[int]:
+    """A container of ours that has just ended may have had them: its ports are free a moment after it is gone."""
+    found: list[int] = tenacity.Retrying(
+        retry=tenacity.retry_if_result(bool),
+        stop=tenacity.stop_after_delay(8),
+        wait=tenacity.wait_fixed(1),
+        retry_error_callback=lambda state: state.outcome.result() if state.outcome else [],
+    )(lambda: [] if _own_container(fleet, stack, host, service) else sorted(ports & gather(fleet[host]).listening))
+    return found
 
 
 def _own_container(fleet: Fleet, stack: StackFile, host: str, service: str) -> bool:
