@@ -12,7 +12,7 @@ from functools import cached_property
 from ipaddress import IPv4Network, ip_address, ip_network
 from typing import Any
 
-from swarmmail.model import bootstrap, engines
+from swarmmail.model import bootstrap, engines, printed
 from swarmmail.model.errors import SwarmmailError
 from swarmmail.model.facts import HostFacts
 from swarmmail.model.findings import Finding, Level, error, note, ok, warning
@@ -35,25 +35,6 @@ _LISTS = {  # dockerd(8): names of flags whose key in daemon.json differs
 }  # fmt: skip
 
 
-def _sections(text: str) -> dict[str, str]:
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if line.startswith("@@"):
-            lines = found.setdefault(line[2:], [])
-        else:
-            lines.append(line)
-    return {name: "\n".join(body).strip() for name, body in found.items()}
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 @dataclass(frozen=True)
 class Socket:
     proto: str
@@ -67,7 +48,7 @@ class Probe:
     """What ``check.sh`` printed on one host. A section that is missing or not readable counts as empty."""
 
     def __init__(self, text: str) -> None:
-        self.sections = _sections(text)
+        self.sections = {name: body.strip() for name, body in printed.sections(text).items()}
         self.complete = "end" in self.sections
 
     def __getitem__(self, name: str) -> str:
@@ -85,7 +66,7 @@ class Probe:
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        return _object(self["info"])
+        return printed.json_object(self["info"])
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
@@ -677,7 +658,7 @@ def _pools(m: Measured, name: str, probe: Probe) -> Findings:
 
 
 def _api(m: Measured, name: str, probe: Probe) -> Findings:
-    server = _object(probe["version"])
+    server = printed.json_object(probe["version"])
     found = engines.version(str(server.get("ApiVersion", "")))
     if found is None:
         return

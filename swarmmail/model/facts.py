@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from swarmmail.model import printed
 
 IPv4Network = ipaddress.IPv4Network
 
@@ -96,7 +97,7 @@ class HostFacts:
 
 def parse(name: str, text: str) -> HostFacts:
     """Read what ``facts.sh`` printed. A section that is missing or not readable counts as empty."""
-    sections = _sections(text)
+    sections = printed.sections(text)
 
     def lines(section: str) -> list[str]:
         return [line.strip() for line in sections.get(section, "").splitlines() if line.strip()]
@@ -105,8 +106,8 @@ def parse(name: str, text: str) -> HostFacts:
         return next(iter(lines(section)), "")
 
     release = _shell_values(sections.get("os", ""))
-    links = [link for link in _objects(sections.get("addresses", "")) if "ifname" in link]
-    tunnel = _objects(sections.get("mesh-link", ""))
+    links = [link for link in printed.json_objects(sections.get("addresses", "")) if "ifname" in link]
+    tunnel = printed.json_objects(sections.get("mesh-link", ""))
     return HostFacts(
         name=name,
         os=release.get("ID", ""),
@@ -118,12 +119,12 @@ def parse(name: str, text: str) -> HostFacts:
         clock=_number(first("clock")),
         systemd=first("systemd") == "yes",
         programs=frozenset(lines("programs")),
-        **of_docker(_object(sections.get("docker", "")), _peers(sections.get("peers", ""))),
+        **of_docker(printed.json_object(sections.get("docker", "")), _peers(sections.get("peers", ""))),
         addresses={
             link["ifname"]: tuple(a["local"] for a in link.get("addr_info", ()) if "local" in a) for link in links
         },
         mtus={link["ifname"]: int(link.get("mtu", 1500)) for link in links},
-        routes=tuple(_routes(_objects(sections.get("routes", "")))),
+        routes=tuple(_routes(printed.json_objects(sections.get("routes", "")))),
         resolvers=tuple(parts[1] for line in lines("resolvers") if len(parts := line.split()) > 1),
         tun=first("tun") == "yes",
         wireguard_kernel=first("wireguard") == "yes",
@@ -190,35 +191,6 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def _sections(text: str) -> dict[str, str]:
-    found: dict[str, list[str]] = {}
-    current: list[str] = []
-    for line in text.splitlines():
-        if line.startswith("@@"):
-            current = found.setdefault(line[2:].strip(), [])
-        else:
-            current.append(line)
-    return {name: "\n".join(body) for name, body in found.items()}
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def _object(text: str) -> dict[str, Any]:
-    value = _json(text)
-    return value if isinstance(value, dict) else {}
-
-
-def _objects(text: str) -> list[dict[str, Any]]:
-    """A list of objects; ``ip -j`` puts empty ones where it has nothing to say."""
-    value = _json(text)
-    return [item for item in value if isinstance(item, dict) and item] if isinstance(value, list) else []
-
-
 def _shell_values(text: str) -> dict[str, str]:
     values = {}
     for line in text.splitlines():
@@ -250,7 +222,7 @@ def _routes(entries: list[dict[str, Any]]) -> list[IPv4Network]:
 def _peers(text: str) -> frozenset[str] | None:
     if not text.strip():
         return None  # the operator removed the ingress network
-    return peers_of({"Peers": _objects(text)})
+    return peers_of({"Peers": printed.json_objects(text)})
 
 
 def _units(text: str) -> dict[str, tuple[str, str]]:

@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Any
 
 from swarmmail.hosts.connection import Host
+from swarmmail.model import printed
 from swarmmail.model.errors import HostError
 from swarmmail.model.network import MESH
 from swarmmail.wire import state
@@ -59,7 +60,7 @@ def start(host: Host, words: str, overlay: str, processes: Sequence[int]) -> Sta
 def stop(host: Host, begun: State) -> Captured:
     """End the captures and fetch them."""
     result = host.run("sh -s", stdin=f"{_SCRIPT}\nstop {shlex.quote(begun.directory)}\n", step="capture", timeout=60)
-    sections = state.split(result.stdout)
+    sections = printed.sections(result.stdout)
     files = {
         name.split()[1]: gzip.decompress(base64.b64decode(body))
         for name, body in sections.items()

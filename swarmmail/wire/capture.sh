@@ -31,8 +31,6 @@ start() {
   s blackhole; ip -4 -j route show type blackhole 2>/dev/null
   s guard;     nft -s list table inet swarmmail 2>/dev/null
   s states;    ip xfrm state list nokeys 2>/dev/null
-  s policies;  ip xfrm policy list 2>/dev/null
-  s losses;    cat /proc/net/xfrm_stat 2>/dev/null
   s marks;     iptables -w 2 -t mangle -S OUTPUT 2>/dev/null
   s drops;     iptables -w 2 -t filter -S INPUT 2>/dev/null
   s forwarding; nsenter --net="/var/run/docker/netns/1-$overlay" bridge -j fdb show 2>/dev/null

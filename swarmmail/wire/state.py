@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 from typing import Any
 
+from swarmmail.model import printed
 from swarmmail.model.network import MESH
 
 
@@ -46,8 +46,6 @@ class State:
     states: frozenset[tuple[str, str, int]] = frozenset()
     """ESP states: source, target, SPI."""
     aead: bool = False
-    policies: frozenset[tuple[str, str]] = frozenset()
-    losses: Mapping[str, int] = field(default_factory=dict)
     marks: tuple[str, ...] = ()
     """Rules that mark outgoing VXLAN for ESP."""
     drops: tuple[str, ...] = ()
@@ -67,7 +65,7 @@ class State:
 
 def parse(text: str) -> State:
     """Read what ``start`` printed; a section that is missing or can't be read counts as empty."""
-    sections = split(text)
+    sections = printed.sections(text)
 
     def lines(name: str) -> list[list[str]]:
         return [line.split() for line in sections.get(name, "").splitlines() if line.strip()]
@@ -79,7 +77,7 @@ def parse(text: str) -> State:
         return sections.get(name, "").strip().split("\n")[0]
 
     clock = float(_number(first("clock")))
-    links = _objects(sections.get("links", ""))
+    links = printed.json_objects(sections.get("links", ""))
     guard = sections.get("guard", "")
     peers: dict[str, dict[str, Any]] = {}
     for key, *allowed in lines("allowed"):
@@ -97,33 +95,36 @@ def parse(text: str) -> State:
         ready=sections.get("ready", "").strip(),
         ignore=frozenset(_not_underlay(links)),
         tunnel=next(
-            (a["local"] for link in _objects(sections.get("tunnel", "")) for a in link.get("addr_info", ())), ""
+            (
+                a["local"]
+                for link in printed.json_objects(sections.get("tunnel", ""))
+                for a in link.get("addr_info", ())
+            ),
+            "",
         ),
         key=first("key"),
         port=_number(first("port")),
         peers={key: Peer(**values) for key, values in peers.items()},
         blackholes=tuple(
             IPv4Network("0.0.0.0/0" if route["dst"] == "default" else route["dst"], strict=False)
-            for route in _objects(sections.get("blackhole", ""))
+            for route in printed.json_objects(sections.get("blackhole", ""))
             if "dst" in route
         ),
         guards_in=bool(re.search(rf'iifname != "{MESH}" udp dport \d+ .*drop', guard)),
         guards_out=bool(re.search(rf'oifname != "{MESH}" udp dport \d+ .*drop', guard)),
         states=frozenset((source, target, int(spi, 16)) for source, target, spi in states),
         aead="rfc4106(gcm(aes))" in sections.get("states", ""),
-        policies=frozenset(re.findall(r"tmpl src (\S+) dst (\S+)", sections.get("policies", ""))),
-        losses={name: _number(count) for name, count in pairs("losses")},
         marks=tuple(" ".join(words) for words in lines("marks") if "MARK" in words),
         drops=tuple(" ".join(words) for words in lines("drops") if "DROP" in words and "udp" in words),
         forwarding={
             entry["mac"].lower(): entry["dst"]
-            for entry in _objects(sections.get("forwarding", ""))
+            for entry in printed.json_objects(sections.get("forwarding", ""))
             if "mac" in entry and "dst" in entry
         },
         mtus={
             int(name.split()[1]): {
                 address["local"]: int(link.get("mtu", 0))
-                for link in _objects(body)
+                for link in printed.json_objects(body)
                 for address in link.get("addr_info", ())
                 if "local" in address
             }
@@ -131,18 +132,6 @@ def parse(text: str) -> State:
             if name.startswith("task ")
         },
     )
-
-
-def split(text: str) -> dict[str, str]:
-    """Sections that begin with ``@@name``."""
-    found: dict[str, list[str]] = {}
-    body: list[str] = []
-    for line in text.splitlines():
-        if line.startswith("@@"):
-            body = found.setdefault(line[2:].strip(), [])
-        else:
-            body.append(line)
-    return {name: "\n".join(lines) for name, lines in found.items()}
 
 
 def _not_underlay(links: list[dict[str, Any]]) -> list[int]:
@@ -164,11 +153,3 @@ def _not_underlay(links: list[dict[str, Any]]) -> list[int]:
 
 def _number(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() else 0
-
-
-def _objects(text: str) -> list[dict[str, Any]]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return []
-    return [item for item in value if isinstance(item, dict) and item] if isinstance(value, list) else []
