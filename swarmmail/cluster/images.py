@@ -207,9 +207,7 @@ def ship(fleet: Fleet, where: Builder, wanted: Mapping[str, Iterable[str]]) -> N
     by_host: dict[str, list[str]] = {}
     for tag, hosts in wanted.items():
         for host in hosts:
-            if host != where.name:  # where they were built they are already
-                by_host.setdefault(host, []).append(tag)
-    wanted = {tag: hosts for tag, hosts in wanted.items() if set(hosts) - {where.name}}
+            by_host.setdefault(host, []).append(tag)
     with contextlib.ExitStack() as stack:
         try:
             with ThreadPoolExecutor() as pool:

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tenacity
 
 from swarmmail import report
+from swarmmail.cluster import bootstrap
 from swarmmail.hosts.connection import Host
 from swarmmail.hosts.facts import gather_all
 from swarmmail.hosts.fleet import Fleet
-from swarmmail.mail import probe
+from swarmmail.mail import probe, services
 from swarmmail.mail.accounts import Accounts
 from swarmmail.model import stack
+from swarmmail.model.bootstrap import Observed
 from swarmmail.model.errors import HostError, SwarmmailError
 from swarmmail.model.facts import HostFacts
 from swarmmail.model.inventory import Inventory
@@ -33,10 +35,11 @@ from swarmmail.wire import capture, judge, verdict
 from swarmmail.wire.capture import Captured
 from swarmmail.wire.judge import Question
 from swarmmail.wire.state import State
-from swarmmail.wire.verdict import End, Evidence, Forgery, Verdict
+from swarmmail.wire.verdict import Backend, End, Evidence, Forgery, Verdict
 
-T = TypeVar("T")
 Hosts = Mapping[str, HostFacts]
+Pair = tuple[End, End]
+"""Who speaks, and who hears."""
 SERVICE = "com.docker.swarm.service.name"
 """Docker's label on a task's container."""
 PORTS = {"mta": 25, "mda": 24}
@@ -57,8 +60,8 @@ class Plan:
     """Who speaks with whom, and what each packet is known by."""
 
     ends: tuple[End, ...]
-    pairs: tuple[tuple[End, End], ...]
-    backend: str
+    pairs: tuple[Pair, ...]
+    backend: Backend
     vni: int
     overlay: str
     """The network's id."""
@@ -67,7 +70,7 @@ class Plan:
     """Service to role."""
     nonce: str = field(default_factory=lambda: secrets.token_hex(16))
     """Stands in every packet that is in clear on purpose."""
-    markers: Mapping[tuple[End, End], str] = field(default_factory=dict)
+    markers: Mapping[Pair, str] = field(default_factory=dict)
 
     def port(self, end: End) -> int | None:
         """Where a task takes SMTP or LMTP; None when it is of no known role."""
@@ -117,40 +120,53 @@ def _may_heal(found: Sequence[Verdict]) -> bool:
     return bool(names) and not names & {"clear-text", "clear-vxlan", "forged", "encryption-none"}
 
 
+@dataclass(frozen=True)
+class _Round:
+    """One measurement: who takes part, and what was in force on the hosts when its captures began."""
+
+    fleet: Fleet
+    hosts: Hosts
+    plan: Plan
+    begun: Mapping[str, State]
+
+    def addresses(self, host: str) -> frozenset[str]:
+        return _addresses(self.fleet, self.hosts, host)
+
+
 def _once(fleet: Fleet, keep: Path | None) -> list[Verdict]:
-    seen = gather_all(fleet, strict=False)
-    plan = _plan(fleet, seen)
+    facts = gather_all(fleet, strict=False)
+    plan = _plan(fleet, facts)
     if not plan.pairs:
-        return _silent(seen)
+        return _silent(facts)
     hosts = sorted({end.host for end in plan.ends})
     report.progress(f"verify: {len(plan.pairs)} pairs, capture on {', '.join(hosts)}")
-    words = _filter(fleet, seen, plan)
+    words = _filter(fleet, facts, plan)
     processes = {host: [end.process for end in plan.ends if end.host == host] for host in hosts}
     begun = fleet.each(lambda host: capture.start(host, words, plan.overlay, processes[host.name]), hosts)
+    now = _Round(fleet, facts, plan, begun)
     try:
-        spoken = _together(lambda pair: _speak(fleet, seen, plan, begun, *pair), plan.pairs)
+        with ThreadPoolExecutor(max_workers=min(8, len(plan.pairs))) as pool:
+            spoken = dict(zip(plan.pairs, pool.map(lambda pair: _speak(now, *pair), plan.pairs), strict=True))
     finally:
         captured = fleet.each(lambda host: capture.stop(host, begun[host.name]), hosts)
-    letters: dict[tuple[End, End], str] = {}
+    letters: dict[Pair, str] = {}
     for pair in plan.pairs:
         if _is_delivery(plan, *pair) and spoken[pair].arrived:
             try:
-                letters[pair] = _letter(fleet, *pair)
+                letters[pair] = _letter(now, *pair)
             except SwarmmailError as error:
                 failed = (*spoken[pair].failed, f"no large message was sent: {error}")
                 spoken[pair] = replace(spoken[pair], failed=failed)
-    evidence = [
-        _evidence(fleet, seen, plan, begun, captured, pair, spoken[pair], letters.get(pair, "")) for pair in plan.pairs
-    ]
+    evidence = [_evidence(now, captured, pair, spoken[pair], letters.get(pair, "")) for pair in plan.pairs]
     if keep is not None:
         _keep(keep, plan, captured)
-    return [*(verdict.judge(one) for one in evidence), *_silent(seen)]
+    return [*(verdict.judge(one) for one in evidence), *_silent(facts)]
 
 
 # ---- who ----
 
 
-def _plan(fleet: Fleet, hosts: Mapping[str, HostFacts]) -> Plan:
+def _plan(fleet: Fleet, hosts: Hosts) -> Plan:
     """Who is on the network, by each host's own Docker: of a broken network the managers know old things."""
     inventory = fleet.inventory
     found = fleet.each(lambda host: _on(host, hosts[host.name], inventory), [n for n, f in hosts.items() if f.engine])
@@ -213,7 +229,7 @@ def _roles(inventory: Inventory) -> dict[str, str]:
     return {name: service.role for name, service in stack.read(inventory).services.items()}
 
 
-def _silent(hosts: Mapping[str, HostFacts]) -> list[Verdict]:
+def _silent(hosts: Hosts) -> list[Verdict]:
     """Hosts of which nothing can be said."""
     return [
         Verdict(name, verdict.UNKNOWN, (verdict.Cause("away", verdict.UNKNOWN, f"{name}: {why}"),), ())
@@ -226,18 +242,18 @@ def _is_delivery(plan: Plan, sender: End, receiver: End) -> bool:
     return (plan.roles.get(sender.service), plan.roles.get(receiver.service)) == ("mta", "mda")
 
 
-def _addresses(fleet: Fleet, seen: Hosts, host: str) -> frozenset[str]:
+def _addresses(fleet: Fleet, hosts: Hosts, host: str) -> frozenset[str]:
     """By which the host is seen on the underlay."""
-    links = seen[host].addresses
+    links = hosts[host].addresses
     own = {
         a for link, all_ in links.items() if link not in (MESH, "lo") and not link.startswith("docker") for a in all_
     }
     return frozenset(own | {fleet.inventory.hosts[host].advertise})
 
 
-def _filter(fleet: Fleet, seen: Hosts, plan: Plan) -> str:
+def _filter(fleet: Fleet, facts: Hosts, plan: Plan) -> str:
     """What is captured: all between the hosts, and what belongs to the network wherever it goes; but no SSH."""
-    hosts = {address for end in plan.ends for address in _addresses(fleet, seen, end.host)}
+    hosts = {address for end in plan.ends for address in _addresses(fleet, facts, end.host)}
     hosts |= {end.data_path for end in plan.ends}
     ssh = sorted({22, *(fleet.inventory.hosts[end.host].port for end in plan.ends)})
     what = [
@@ -254,20 +270,20 @@ def _filter(fleet: Fleet, seen: Hosts, plan: Plan) -> str:
 # ---- what is sent ----
 
 
-def _speak(fleet: Fleet, seen: Hosts, plan: Plan, begun: Mapping[str, State], sender: End, receiver: End) -> _Spoken:
-    marker = plan.markers[sender, receiver]
+def _speak(now: _Round, sender: End, receiver: End) -> _Spoken:
+    marker = now.plan.markers[sender, receiver]
     jobs: list[dict[str, Any]] = []
-    port = plan.port(receiver)
+    port = now.plan.port(receiver)
     if port is not None:
         jobs.append({"do": "speak", "address": receiver.address, "port": port, "marker": marker, "times": TIMES})
     jobs.append({"do": "say", "address": receiver.address, "port": NOBODY_LISTENS, "payload": marker, "times": 3})
     failed: list[str] = []
-    in_clear = _control(fleet, seen, plan, begun, sender, receiver)
-    forged, tokens = _forge(fleet, seen, plan, begun, sender, receiver)
+    in_clear = _control(now, sender, receiver)
+    forged, tokens = _forge(now, sender, receiver)
     try:
-        answers = capture.ask(fleet[sender.host], [*in_clear, *forged])
+        answers = capture.ask(now.fleet[sender.host], [*in_clear, *forged])
         failed += [f"{sender.host}: {one['error']}" for one in answers if "error" in one]
-        answers = capture.ask(fleet[sender.host], jobs, sender.process)
+        answers = capture.ask(now.fleet[sender.host], jobs, sender.process)
     except HostError as error:
         return _Spoken(False, failed=(str(error),), tokens=tokens)
     said = answers[0] if port is not None else {}
@@ -279,20 +295,19 @@ def _speak(fleet: Fleet, seen: Hosts, plan: Plan, begun: Mapping[str, State], se
     )
 
 
-def _control(
-    fleet: Fleet, seen: Hosts, plan: Plan, begun: Mapping[str, State], sender: End, receiver: End
-) -> list[dict[str, Any]]:
+def _control(now: _Round, sender: End, receiver: End) -> list[dict[str, Any]]:
     """The marker in clear, by the way that the encrypted packets take."""
-    payload = f"{plan.nonce} {plan.markers[sender, receiver]}"
+    payload = f"{now.plan.nonce} {now.plan.markers[sender, receiver]}"
     if sender.host == receiver.host:
-        others = [name for name in fleet.inventory.hosts if name != sender.host and not fleet.inventory.hosts[name].nat]
+        hosts = now.fleet.inventory.hosts
+        others = [name for name in hosts if name != sender.host and not hosts[name].nat]
         if not others:
             return []
-        target = fleet.inventory.hosts[others[0]].advertise
+        target = hosts[others[0]].advertise
         return [_datagram(target, NOBODY_LISTENS, NOBODY_LISTENS, payload)]
-    state = begun[sender.host]
-    if plan.backend == "wireguard":
-        target, port = _underlay_of(fleet, state, receiver)
+    if now.plan.backend == "wireguard":
+        state = now.begun[sender.host]
+        target, port = _underlay_of(now.fleet, state, receiver)
         return [_datagram(target, state.port or port, port, payload)]
     return [_datagram(receiver.data_path, NOBODY_LISTENS, NOBODY_LISTENS, payload)]
 
@@ -309,9 +324,7 @@ def _underlay_of(fleet: Fleet, state: State, receiver: End) -> tuple[str, int]:
     return fleet.inventory.hosts[receiver.host].advertise, fleet.inventory.network.tunnel_port
 
 
-def _forge(
-    fleet: Fleet, seen: Hosts, plan: Plan, begun: Mapping[str, State], sender: End, receiver: End
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def _forge(now: _Round, sender: End, receiver: End) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Packets for the receiving task, made beside Docker: as a stranger on the network would.
 
     A hardware address that the host knows from elsewhere is dropped by VXLAN for that reason alone, so one that
@@ -319,8 +332,8 @@ def _forge(
     """
     if sender.host == receiver.host:
         return [], {}
-    here = fleet.inventory.hosts[sender.host].advertise
-    there, _ = _underlay_of(fleet, begun[sender.host], receiver)
+    here = now.fleet.inventory.hosts[sender.host].advertise
+    there, _ = _underlay_of(now.fleet, now.begun[sender.host], receiver)
     if ip_address(there).version != 4 or ip_address(here).version != 4:
         return [], {}
     nobody = "02:" + ":".join(secrets.token_hex(1) for _ in range(5))
@@ -330,12 +343,12 @@ def _forge(
         for target in dict.fromkeys((there, receiver.data_path)):
             for mac, whose in ((nobody, "nobody's"), (sender.mac, "a peer's")):
                 how = f"from {source} to {target}, {whose} MAC"
-                tokens[how] = f"{plan.nonce} {secrets.token_hex(16)}"
+                tokens[how] = f"{now.plan.nonce} {secrets.token_hex(16)}"
                 packets.append(
                     {
                         "source": source,
                         "target": target,
-                        "vni": plan.vni,
+                        "vni": now.plan.vni,
                         "inner_source": sender.address,
                         "inner_target": receiver.address,
                         "inner_source_mac": mac,
@@ -346,12 +359,13 @@ def _forge(
     return [{"do": "forge", "via": there, "port": DATA_PORT, "packets": packets}], tokens
 
 
-def _letter(fleet: Fleet, sender: End, receiver: End) -> str:
+def _letter(now: _Round, sender: End, receiver: End) -> str:
     """A large message by LMTP, over the network: what only fails for large packets fails here."""
-    recipient = probe.address(fleet.inventory)
+    recipient = probe.address(now.fleet.inventory)
     if recipient is None:
         return ""
-    with Accounts(fleet).temporary(recipient):
+    seen = services.observe(now.fleet, bootstrap.look_again(now.fleet, Observed(now.hosts)))
+    with Accounts(now.fleet, seen).temporary(recipient):
         job = {
             "do": "letter",
             "address": receiver.address,
@@ -360,80 +374,62 @@ def _letter(fleet: Fleet, sender: End, receiver: End) -> str:
             "marker": secrets.token_hex(16),
             "bytes": LETTER,
         }
-        answer = capture.ask(fleet[sender.host], [job], sender.process)[0]
+        answer = capture.ask(now.fleet[sender.host], [job], sender.process)[0]
     return f"{answer['status']}{' at ' + answer['at'] if 'at' in answer else ''}"
 
 
 # ---- what was seen ----
 
 
-def _evidence(
-    fleet: Fleet,
-    seen: Hosts,
-    plan: Plan,
-    begun: Mapping[str, State],
-    captured: Mapping[str, Captured],
-    pair: tuple[End, End],
-    spoken: _Spoken,
-    letter: str,
-) -> Evidence:
+def _evidence(now: _Round, captured: Mapping[str, Captured], pair: Pair, spoken: _Spoken, letter: str) -> Evidence:
     sender, receiver = pair
-    marker = plan.markers[pair].encode()
-    inside = captured[receiver.host].inside.get(receiver.process, b"")
-    whole = captured[receiver.host].underlay
-    tunnels = [facts.mtus[MESH] for facts in seen.values() if MESH in facts.mtus]
+    marker = now.plan.markers[pair].encode()
+    there = captured[receiver.host]
+    inside = there.inside.get(receiver.process, b"")
+    tunnels = [facts.mtus[MESH] for facts in now.hosts.values() if MESH in facts.mtus]
     return Evidence(
         sender=sender,
         receiver=receiver,
-        backend=plan.backend,  # type: ignore[arg-type]
-        vni=plan.vni,
-        arrived=spoken.arrived if plan.port(receiver) else marker in inside,
+        backend=now.plan.backend,
+        vni=now.plan.vni,
+        arrived=spoken.arrived if now.plan.port(receiver) else marker in inside,
         datagrams=marker in inside,
         trouble=spoken.trouble,
-        at_sender=_look(fleet, seen, plan, begun, captured, pair, sender, receiver),
-        at_receiver=_look(fleet, seen, plan, begun, captured, pair, receiver, sender),
-        states=begun,
-        dropped=captured[sender.host].dropped + captured[receiver.host].dropped,
+        at_sender=_look(now, captured[sender.host], marker, sender, receiver),
+        at_receiver=_look(now, there, marker, receiver, sender),
+        states=now.begun,
+        dropped=captured[sender.host].dropped + there.dropped,
         forgeries=tuple(
-            Forgery(how, reached=token.encode() in whole, delivered=token.encode() in inside)
+            Forgery(how, reached=token.encode() in there.underlay, delivered=token.encode() in inside)
             for how, token in spoken.tokens.items()
         ),
         failed=spoken.failed,
-        alone=len(fleet.inventory.hosts) == 1,
-        mtu=min(tunnels) - OVERHEAD if plan.backend == "wireguard" and tunnels else 0,
+        alone=len(now.fleet.inventory.hosts) == 1,
+        mtu=min(tunnels) - OVERHEAD if now.plan.backend == "wireguard" and tunnels else 0,
         letter=letter,
     )
 
 
-def _look(
-    fleet: Fleet,
-    seen: Hosts,
-    plan: Plan,
-    begun: Mapping[str, State],
-    captured: Mapping[str, Captured],
-    pair: tuple[End, End],
-    here: End,
-    there: End,
-) -> judge.Seen | None:
-    """The judge's reading of one host's capture; None when there is none."""
-    state = begun[here.host]
+def _look(now: _Round, captured: Captured, marker: bytes, here: End, there: End) -> judge.Seen | None:
+    """The judge's reading of what one host captured; None when it captured nothing."""
+    state = now.begun[here.host]
     if state.ready != "yes":
         return None
     peer = state.peer_at(there.data_path)
-    endpoint = {peer.endpoint[0]} if peer is not None and peer.endpoint is not None else set()
-    ports = {state.port, begun[there.host].port, *({peer.endpoint[1]} if peer is not None and peer.endpoint else ())}
+    address, port = peer.endpoint if peer is not None and peer.endpoint is not None else (None, 0)
+    ports = {state.port, now.begun[there.host].port, port}
     question = Question(
-        here=_addresses(fleet, seen, here.host),
-        there=_addresses(fleet, seen, there.host) | endpoint,
-        vni=plan.vni,
+        here=now.addresses(here.host),
+        there=now.addresses(there.host) | ({address} if address else set()),
+        vni=now.plan.vni,
         data_port=DATA_PORT,
-        tunnel_ports=frozenset(ports - {0}) if plan.backend == "wireguard" else frozenset(),
-        marker=plan.markers[pair].encode(),
-        control=plan.nonce.encode(),
+        tunnel_ports=frozenset(ports - {0}) if now.plan.backend == "wireguard" else frozenset(),
+        marker=marker,
+        control=now.plan.nonce.encode(),
         ignore=state.ignore,
     )
     try:
-        return judge.judge(captured[here.host].underlay, question)
+        return judge.judge(captured.underlay, question)
     except judge.NotACapture:
         return None
 
@@ -448,15 +444,6 @@ def _keep(folder: Path, plan: Plan, captured: Mapping[str, Captured]) -> None:
         file.touch(mode=0o600)
         file.write_bytes(judge.only(one.underlay, needles))
         report.progress(f"kept {file}", host)
-
-
-def _together(work: Callable[[Any], T], items: Iterable[Any]) -> dict[Any, T]:
-    """Do ``work`` for all items at once; results by item."""
-    todo: Sequence[Any] = list(items)
-    if not todo:
-        return {}
-    with ThreadPoolExecutor(max_workers=min(8, len(todo))) as pool:
-        return dict(zip(todo, pool.map(work, todo), strict=True))
 
 
 # ---- what is shown ----

@@ -16,6 +16,7 @@ from swarmmail.wire.state import State
 if TYPE_CHECKING:
     from swarmmail.wire.judge import Seen
 
+Backend = Literal["wireguard", "ipsec", "none"]
 Outcome = Literal["proven", "broken", "unknown"]
 PROVEN: Outcome = "proven"
 BROKEN: Outcome = "broken"
@@ -56,7 +57,7 @@ class Evidence:
 
     sender: End
     receiver: End
-    backend: Literal["wireguard", "ipsec", "none"]
+    backend: Backend
     vni: int
     arrived: bool
     """The marker was seen inside the receiving task, or its server answered to it."""
