@@ -156,7 +156,7 @@ def run(fleet: Fleet, preflight: bool = True) -> bool:
         with _locked(fleet, design):
             show(plan)
             if preflight and (plan.of(Action.INIT) or plan.of(Action.JOIN)):
-                _preflight(fleet)
+                _preflight(fleet, observed)
                 preflight = False
             apply(fleet, design, plan)
         changed = True
@@ -168,8 +168,8 @@ def run(fleet: Fleet, preflight: bool = True) -> bool:
     )
 
 
-def _preflight(fleet: Fleet) -> None:
-    found = check.run(fleet)
+def _preflight(fleet: Fleet, observed: Observed) -> None:
+    found = check.run(fleet, observed=observed)
     for one in found:
         if one.level is Level.WARNING:
             report.warning(f"{one.where}, {one.what}: {one.measured} -> see: fab check")

@@ -50,10 +50,15 @@ def quick(inventory: Inventory, observed: Observed) -> list[Finding]:
     return list(judge.quick(_measured(inventory, observed)))
 
 
-def run(fleet: Fleet, smtp: str | None = None) -> list[Finding]:
-    """Look at all hosts and between them. ``smtp``: a mail server to try port 25 at, from the hosts."""
+def run(fleet: Fleet, smtp: str | None = None, observed: Observed | None = None) -> list[Finding]:
+    """Look at all hosts and between them.
+
+    Args:
+        smtp: a mail server to try port 25 at, from the hosts.
+        observed: what was observed a moment ago, if it was.
+    """
     report.progress("looking at the hosts")
-    observed, probes, clocks, problems = _hosts(fleet)
+    observed, probes, clocks, problems = _hosts(fleet, observed)
     m = _measured(fleet.inventory, observed)
     m = replace(m, probes=probes, clocks=clocks, refused=(*problems, *m.refused))
     report.progress(f"looking between the hosts ({m.encryption})")
@@ -78,7 +83,7 @@ def show(found: list[Finding]) -> None:
 
 
 def _hosts(
-    fleet: Fleet,
+    fleet: Fleet, observed: Observed | None
 ) -> tuple[Observed, dict[str, Probe], dict[str, tuple[float, float]], list[SwarmmailError]]:
     from swarmmail.cluster import bootstrap  # it asks for checks itself: not at the top
 
@@ -101,14 +106,16 @@ def _hosts(
 
     job = threading.Thread(target=lambda: fleet.each(probe))
     job.start()
-    facts = gather_all(fleet, strict=False)
-    swarm = None
-    try:
-        swarm = bootstrap._swarm(fleet, facts)
-    except SwarmmailError as error:
-        problems.append(error)
+    if observed is None:
+        facts = gather_all(fleet, strict=False)
+        swarm = None
+        try:
+            swarm = bootstrap._swarm(fleet, facts)
+        except SwarmmailError as error:
+            problems.append(error)
+        observed = Observed(facts, swarm)
     job.join()
-    return Observed(facts, swarm), probes, clocks, problems
+    return observed, probes, clocks, problems
 
 
 def _measured(inventory: Inventory, observed: Observed) -> Measured:

@@ -38,8 +38,6 @@ from swarmmail.cluster import lock
 
 pytestmark = pytest.mark.lab
 
-KILLS = 20
-
 
 def sentence(result: Result, *parts: str) -> None:
     """The command failed with a line of error (two where one place in the file serves both services)."""
@@ -394,11 +392,6 @@ def test_the_lock_of_another_machine_is_explained_and_never_stolen(deployed: Pro
     assert "anna@elsewhere" in freed.stdout
     assert "anna" not in deployed.fab("lock.status", "--inventory", MAIL, check=0).stdout
     healed(deployed)
-
-
-def accounts_of(project: Project) -> str:
-    mda = container(project, "host3", "mail_mda")
-    return project.sh("host3", f"docker exec {mda} swarmmail-users list")
 
 
 # ---- secrets ----

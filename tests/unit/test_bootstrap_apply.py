@@ -159,7 +159,7 @@ def test_before_a_host_becomes_a_member_the_preflight_may_stop_everything(
 ) -> None:
     looks: list[str] = []
     found = findings.Finding(level, "host1 -> host2", "UDP 51820", "does not arrive", "why", "ufw allow 51820/udp")
-    monkeypatch.setattr(bootstrap.check, "run", lambda fleet: looks.append("look") or [found])
+    monkeypatch.setattr(bootstrap.check, "run", lambda fleet, observed: looks.append("look") or [found])
     if level is findings.Level.ERROR:
         with pytest.raises(
             Refused, match=r"host1 -> host2, UDP 51820: does not arrive -> ufw allow.*[\s\S]*--no-check"
