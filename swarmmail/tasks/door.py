@@ -119,7 +119,7 @@ def duration(option: str, text: str) -> float:
     """Seconds of ``90s``, ``30m``, ``12h``, ``1d``. Raises InputError."""
     number, unit = text[:-1], text[-1:]
     if unit not in _UNITS or not number.isascii() or not number.isdigit() or int(number) == 0:
-        raise InputError([f"--{option} {text}: allowed: a whole number of s, m, h or d, as in 12h"])
+        raise InputError([f"--{option} {text}: allowed: a whole number of s, m, h or d, as in 12h -> --{option} 12h"])
     return float(number) * _UNITS[unit]
 
 
