@@ -36,7 +36,7 @@ from swarmmail.model.check_pair import End
 from swarmmail.model.errors import HostError, InputError, SwarmmailError
 from swarmmail.model.findings import Finding, Level
 from swarmmail.model.inventory import Inventory
-from swarmmail.model.stack import read
+from swarmmail.model.stack import fixed_host, read
 
 _SCRIPT = resources.files(__package__).joinpath("check.sh").read_text()
 _AGENT = resources.files(__package__).joinpath("probe.py").read_bytes()
@@ -157,7 +157,11 @@ def _published(inventory: Inventory) -> tuple[Published, ...]:
     except (InputError, OSError):
         return ()  # deploy tells what is wrong with it
     return tuple(
-        Published(service.name, service.ports, inventory.stack.placement.get(service.name))
+        Published(
+            service.name,
+            service.ports,
+            inventory.stack.placement.get(service.name) or fixed_host(service, inventory) or None,
+        )
         for service in file.services.values()
         if service.ports
     )

@@ -142,7 +142,7 @@ def inventory(machines: Sequence[Machine]) -> str:
         "    certificate: ../.lab/tls.crt",
         "    key: ../.lab/tls.key",
         "    ca: ../.lab/ca.crt",
-        "  placement:",
+        "  placement:",  # the edge, without data, is on the first manager unless it is named here
         f"    mta: {machines[0].name}",
         f"    mda: {last.name}",
     ]

@@ -29,8 +29,9 @@ from swarmmail.model import stack as model
 from swarmmail.model.bootstrap import Observed, silent
 from swarmmail.model.errors import Deadline, HostError, InputError, Refused, Unreachable
 from swarmmail.model.inventory import Inventory
+from swarmmail.model.move import JOURNAL
 from swarmmail.model.placement import LIVE, Place, place
-from swarmmail.model.stack import Filling, Service, StackFile
+from swarmmail.model.stack import Filling, Service, StackFile, fixed_host
 from swarmmail.model.swarm import PLACED
 
 STACK_OBJECT = "swarmmail.stack"
@@ -127,6 +128,7 @@ def decide(
     seen = services.observe(fleet, bootstrap.look_again(fleet, before) if before is not None else None)
     if inventory.network.name not in seen.swarm.networks:
         raise Refused(f"there is no overlay {inventory.network.name}", step="deploy", hint="run: fab bootstrap")
+    _no_move(seen)
     for name in silent(seen.observed.hosts):
         raise HostError("Docker does not answer", host=name, step="deploy", hint="run: fab bootstrap")
     notes = _silent_hosts(inventory.stack.placement, seen)
@@ -146,12 +148,11 @@ def decide(
         if service.volumes
     }
     _ports_free(fleet, stack, seen, places)
-    targets = {
-        name: (
-            [places[name].host] if name in places else [n for n, f in seen.observed.hosts.items() if not f.unreachable]
-        )
-        for name in stack.services
+    answering = [name for name, facts in seen.observed.hosts.items() if not facts.unreachable]
+    fixed = {
+        name: places[name].host if name in places else fixed_host(s, inventory) for name, s in stack.services.items()
     }
+    targets = {name: [host] if host else answering for name, host in fixed.items()}
     known, missing = _images(fleet, stack, targets)
     known = {**(built or {}), **known}
     to_build = tuple(
@@ -208,6 +209,16 @@ def decide(
         changes=tuple(changes),
         notes=(*notes, *(where.note for where in places.values() if where.note)),
     )
+
+
+def _no_move(seen: Seen) -> None:
+    """During a move a service is on two nodes, by design."""
+    with seen.manager.doing("look for a move"):
+        found = seen.manager.docker.configs(filters={"name": JOURNAL})
+    if any(raw["Spec"]["Name"] == JOURNAL for raw in found):
+        raise Refused(
+            "a service is being moved, or its move was interrupted", step="deploy", hint="see: fab migrate.status"
+        )
 
 
 def _silent_hosts(placement: Mapping[str, str], seen: Seen) -> list[str]:
@@ -409,6 +420,8 @@ def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
     for name in plan.remove:
         with plan.seen.manager.doing(f"remove service {name}"), contextlib.suppress(docker.errors.NotFound):
             plan.seen.manager.docker.remove_service(plan.seen.services[name]["ID"])
+    for name in plan.services:
+        _remove_other_mode(fleet, stack, plan, name)
     if plan.services:
         # only what differs: Docker would write every service of the file anew, changed or not
         document = {**plan.rendered, "services": {name: plan.rendered["services"][name] for name in plan.services}}
@@ -424,6 +437,23 @@ def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
     for name, where_to in plan.places.items():
         if stack.services[name].build is not None:
             images.prune(fleet[where_to.host], stack.services[name].image)
+
+
+def _remove_other_mode(fleet: Fleet, stack: StackFile, plan: Plan, name: str) -> None:
+    """The Swarm refuses to change a service between `replicated` and `global`: it is made anew, its volumes stay."""
+    raw = plan.seen.services.get(name)
+    wanted = (plan.rendered["services"][name].get("deploy") or {}).get("mode", "replicated")
+    if raw is None or wanted.title() in (raw["Spec"].get("Mode") or {}):
+        return
+    with plan.seen.manager.doing(f"remove service {name}"), contextlib.suppress(docker.errors.NotFound):
+        plan.seen.manager.docker.remove_service(raw["ID"])
+    hosts = [host for host, facts in plan.seen.observed.hosts.items() if not facts.unreachable]
+
+    def alone() -> bool:
+        return not any(_own_container(fleet, stack, host, name) for host in hosts)
+
+    if not swarm.wait_until(alone, bool, PORT_PATIENCE):
+        raise Deadline(f"{name} did not stop in {PORT_PATIENCE} s", step="deploy", hint="see: fab status")
 
 
 def _folder(service: Service) -> Any:

@@ -19,6 +19,7 @@ import tenacity
 
 from swarmmail import report
 from swarmmail.hosts.fleet import Fleet
+from swarmmail.mail import services
 from swarmmail.mail.accounts import Accounts
 from swarmmail.mail.services import Container
 from swarmmail.model.errors import HostError, InputError, SwarmmailError
@@ -85,15 +86,17 @@ def _send_and_read(
     fleet: Fleet, stack: StackFile, accounts: Accounts, address: str, password: str, token: str
 ) -> Outcome:
     mta, mda = accounts.mta.host, accounts.mda.host
-    report.progress(f"probe: SMTP to {mta.name}, IMAP from {mda.name}")
-    ports = {role: _ports(stack, role) for role in ("mta", "mda")}
+    door = "edge" if stack.by_role("edge") is not None else "mda"
+    shown = services.running(fleet, services.observe(fleet), door).host if door == "edge" else mda
+    by = f" by the edge on {shown.name}" if door == "edge" else ""
+    report.progress(f"probe: SMTP to {mta.name}, IMAP from {mda.name}{by}")
     with mta.forward(mta.spec.advertise, 25) as port:
         _submit(fleet, mta.name, port, address, token)
     accepted = time.monotonic()
-    imaps = 993 in ports["mda"]
-    with mda.forward(mda.spec.advertise, 993 if imaps else 143) as port:
+    imaps = 993 in _ports(stack, door)
+    with shown.forward(shown.spec.advertise, 993 if imaps else 143) as port:
         try:
-            client = _login(fleet, mda.name, port, imaps, address, password)
+            client = login(fleet, shown.name, port, imaps, address, password)
             try:
                 _await(client, token, accounts.mta)
             finally:
@@ -106,7 +109,7 @@ def _send_and_read(
                 hint="see docs/runbooks/mail-stuck-in-the-queue.md",
             ) from None
         except (imaplib.IMAP4.error, OSError, EOFError) as error:
-            raise HostError(f"IMAP: {error}", host=mda.name, step="probe", hint="see: fab status") from None
+            raise HostError(f"IMAP: {error}", host=shown.name, step="probe", hint="see: fab status") from None
     return Outcome(token, mta.name, mda.name, accepted, time.monotonic() - accepted)
 
 
@@ -153,7 +156,7 @@ def _submit(fleet: Fleet, host: str, port: int, address: str, token: str) -> Non
         raise HostError(f"SMTP: {error}", host=host, step="probe", hint="see: fab status") from None
 
 
-def _login(fleet: Fleet, host: str, port: int, imaps: bool, address: str, password: str) -> imaplib.IMAP4:
+def login(fleet: Fleet, host: str, port: int, imaps: bool, address: str, password: str) -> imaplib.IMAP4:
     client: imaplib.IMAP4
     if imaps:
         client = _patiently(lambda: imaplib.IMAP4_SSL("127.0.0.1", port, ssl_context=_context(), timeout=TIMEOUT))

@@ -30,6 +30,16 @@ class Seen:
     """Service to its tasks, the newest first."""
     networks: Mapping[str, str] = field(default_factory=dict)
 
+    def live(self, service: str) -> frozenset[str]:
+        """Hosts with a live volume of a service; none for a service without volumes."""
+        assert self.swarm is not None
+        return frozenset(
+            name
+            for name, facts in self.observed.hosts.items()
+            for m in facts.markers
+            if (m.cluster, m.service, m.state) == (self.swarm.cluster, service, "live")
+        )
+
     def host_of(self, task: Mapping[str, Any]) -> str:
         """The host that a task is on; its node id if that is not in the inventory, empty if nowhere yet."""
         node = self.swarm.nodes.get(task.get("NodeID", ""))
@@ -116,7 +126,10 @@ def running(fleet: Fleet, seen: Seen, role: str) -> Container:
         labels = raw["Spec"].get("Labels") or {}
         if labels.get(ROLE_LABEL) != role:
             continue
+        live = seen.live(name)
         for task in seen.tasks[name]:
+            if live and seen.host_of(task) not in live:
+                continue  # during a move: it waits behind its fence
             container = (task["Status"].get("ContainerStatus") or {}).get("ContainerID")
             host = seen.host_of(task)
             if task["Status"]["State"] == "running" and container and host in fleet.inventory.hosts:

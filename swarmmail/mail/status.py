@@ -54,7 +54,9 @@ def _node(seen: Seen, name: str, facts: HostFacts) -> dict[str, Any]:
 def _service(fleet: Fleet, seen: Seen, name: str) -> dict[str, Any]:
     raw = seen.services[name]
     wanted = raw["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"]
-    task = next((task for task in seen.tasks[name] if task["DesiredState"] == "running"), None)
+    live = seen.live(name)
+    tasks = sorted(seen.tasks[name], key=lambda task: seen.host_of(task) not in live)  # stable; a standby comes last
+    task = next((task for task in tasks if task["DesiredState"] == "running"), None)
     entry: dict[str, Any] = {"service": name, "image": wanted, "host": "", "state": "no task", "since": "", "note": ""}
     if task is None:
         return entry

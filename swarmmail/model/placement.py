@@ -57,7 +57,8 @@ def place(
         raise _refused(
             service,
             f"two nodes claim its data by label: {', '.join(sorted(n.host or n.id for n in labelled))}",
-            f"remove the wrong one: docker node update --label-rm {service.place_label} NODE",
+            "if an interrupted move left one: fab migrate.abort; else remove the wrong one: docker node update "
+            f"--label-rm {service.place_label} NODE",
         )
     if labelled:
         node = labelled[0]

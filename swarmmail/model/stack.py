@@ -17,9 +17,10 @@ from typing import Any
 from swarmmail.model import content, yamlfile
 from swarmmail.model.errors import InputError
 from swarmmail.model.inventory import Inventory
-from swarmmail.model.swarm import PLACE_LABEL, PLACED
+from swarmmail.model.swarm import HOST_LABEL, PLACE_LABEL, PLACED
 
 ROLE_LABEL = "swarmmail.role"
+ROLES = ("mta", "mda", "edge")
 SPEC_LABEL = "swarmmail.spec"
 """On a service: hash of the rendered service that it was deployed from."""
 STACK_LABEL = "com.docker.stack.namespace"
@@ -119,7 +120,7 @@ def read(inventory: Inventory) -> StackFile:
                 f"{inventory.path}: stack.placement: '{name}' is no service of {document.path}"
                 + (f"; {hint}" if hint else "")
             )
-    for role in ("mta", "mda"):
+    for role in ROLES:
         having = [s.name for s in services.values() if s.role == role]
         if len(having) > 1:
             wrong(("services",), f"services {', '.join(having)} all have the role {role}; one can")
@@ -195,8 +196,8 @@ def _judge(name: str, raw: Mapping[str, Any], value: Mapping[str, Any], network:
     deploy = raw.get("deploy") or {}
     labels = pairs(deploy.get("labels"))
     role = labels.get(ROLE_LABEL, "")
-    if role not in ("", "mta", "mda"):
-        wrong((*place, "deploy", "labels"), f"{ROLE_LABEL} is '{role}', allowed: mta, mda")
+    if role not in ("", *ROLES):
+        wrong((*place, "deploy", "labels"), f"{ROLE_LABEL} is '{role}', allowed: {', '.join(ROLES)}")
     joined = raw.get("networks") or {}
     names = {str(((value.get("networks") or {}).get(n) or {}).get("name", n)) for n in joined if isinstance(n, str)}
     if role and network not in names:
@@ -344,20 +345,52 @@ def render(stack: StackFile, inventory: Inventory, filling: Filling) -> dict[str
             "SWARMMAIL_NODE": "{{.Node.ID}}",
             "SWARMMAIL_VOLUMES": ":".join(service.volumes.values()),
         }
+        if service.volumes and (health := _guarded_health(raw.get("healthcheck"))) is not None:
+            raw["healthcheck"] = health
         deploy = raw.setdefault("deploy", {})
         if service.volumes:
+            # A task on each node that has the label: one, and during a move a second one, whose fence waits.
+            deploy.pop("replicas", None)
+            deploy["mode"] = "global"
             placement = deploy.setdefault("placement", {})
             constraint = f"node.labels.{service.place_label} == {PLACED}"
             placement["constraints"] = [*(placement.get("constraints") or []), constraint]
             deploy.setdefault("update_config", {}).setdefault("order", "stop-first")
+        elif host := fixed_host(service, inventory):
+            placement = deploy.setdefault("placement", {})
+            constraint = f"node.labels.{HOST_LABEL} == {host}"
+            placement["constraints"] = [*(placement.get("constraints") or []), constraint]
     return document
+
+
+def fixed_host(service: Service, inventory: Inventory) -> str:
+    """The host of a service without data: as the inventory says, and it is moved by a deploy. Empty: any.
+
+    An edge that is not placed is on the first manager: people must know where.
+    """
+    placed = inventory.stack.placement.get(service.name, "") if inventory.stack is not None else ""
+    return placed or (inventory.lead.name if service.role == "edge" else "")
+
+
+def _guarded_health(check: Any) -> dict[str, Any] | None:
+    """The health check behind the fence: a fence that waits is well. None when there is nothing to change."""
+    test = check.get("test") if isinstance(check, dict) and not check.get("disable") else None
+    if isinstance(test, str):
+        test = ["CMD-SHELL", test]
+    if not test or test[0] == "NONE":
+        return None
+    words = test[1:] if test[0] == "CMD" else ["/bin/sh", "-c", *test[1:]]
+    return {**check, "test": ["CMD", "/bin/sh", FENCE_PATH, "--health", *words]}
 
 
 def label_specs(rendered: dict[str, Any], canonical: Mapping[str, Any]) -> dict[str, Any]:
     """Put the hash of each service, as Docker understood it, on the service: what differs is deployed anew."""
     labelled = copy.deepcopy(rendered)
     for name, raw in labelled["services"].items():
-        spec = json.dumps(canonical["services"][name], sort_keys=True, default=str)
+        # without the generation: a move may raise it, and that is no change of the file
+        environment = pairs(canonical["services"][name].get("environment"))
+        environment.pop("SWARMMAIL_GENERATION", None)
+        spec = json.dumps({**canonical["services"][name], "environment": environment}, sort_keys=True, default=str)
         deploy = raw.setdefault("deploy", {})
         deploy["labels"] = {**pairs(deploy.get("labels")), SPEC_LABEL: content.digest(spec.encode())}
     return labelled
@@ -392,7 +425,7 @@ def wanted_view(stack: StackFile, rendered: Mapping[str, Any], canonical: Mappin
         "secrets": _sorted(named["secrets"][item["source"]] for item in service.get("secrets") or ()),
         "configs": _sorted(named["configs"][item["source"]] for item in service.get("configs") or ()),
         "placement": _sorted((deploy.get("placement") or {}).get("constraints") or ()),
-        "replicas": (str(deploy.get("replicas", 1)),),
+        "replicas": ("global" if deploy.get("mode") == "global" else str(deploy.get("replicas", 1)),),
         "rights": _rights(
             service.get("cap_add"), service.get("cap_drop"), service.get("user"), service.get("read_only")
         ),
@@ -423,7 +456,7 @@ def seen_view(raw: Mapping[str, Any], network_names: Mapping[str, str]) -> View:
         "secrets": _sorted(item["SecretName"] for item in container.get("Secrets") or ()),
         "configs": _sorted(item["ConfigName"] for item in container.get("Configs") or ()),
         "placement": _sorted((task.get("Placement") or {}).get("Constraints") or ()),
-        "replicas": (str(replicated.get("Replicas", 1)),),
+        "replicas": ("global" if "Global" in (spec.get("Mode") or {}) else str(replicated.get("Replicas", 1)),),
         "rights": _rights(
             container.get("CapabilityAdd"),
             container.get("CapabilityDrop"),

@@ -151,7 +151,7 @@ def smtp(project: Project, host: str = "host1") -> smtplib.SMTP:
 
 
 @contextlib.contextmanager
-def imap(project: Project, address: str, password: str, host: str = "host3") -> Iterator[imaplib.IMAP4]:
+def imap(project: Project, address: str, password: str, host: str = "host1") -> Iterator[imaplib.IMAP4]:
     client = imaplib.IMAP4_SSL(project.address(host), 993, ssl_context=trusting(project), timeout=20)
     try:
         client.login(address, password)
@@ -172,7 +172,7 @@ def send(project: Project, to: str, body: str = "", host: str = "host1") -> str:
     return token
 
 
-def mails(project: Project, address: str, password: str, token: str, host: str = "host3") -> list[bytes]:
+def mails(project: Project, address: str, password: str, token: str, host: str = "host1") -> list[bytes]:
     """The mails with a token in the inbox, whole."""
     with imap(project, address, password, host) as client:
         client.select("INBOX", readonly=True)
@@ -181,7 +181,7 @@ def mails(project: Project, address: str, password: str, token: str, host: str =
 
 
 def arrives(
-    project: Project, address: str, password: str, token: str, host: str = "host3", seconds: float = 20
+    project: Project, address: str, password: str, token: str, host: str = "host1", seconds: float = 20
 ) -> bytes:
     """Wait for a mail; it must come once."""
     found: list[bytes] = []

@@ -115,14 +115,14 @@ def test_a_large_mail_crosses(deployed: Project) -> None:
 
 
 def test_no_password_in_clear_and_the_certificate_of_the_inventory(deployed: Project) -> None:
-    with imaplib.IMAP4(deployed.address("host3"), 143, timeout=20) as client:
+    with imaplib.IMAP4(deployed.address("host1"), 143, timeout=20) as client:
         assert "LOGINDISABLED" in client.capabilities
         with pytest.raises(imaplib.IMAP4.error):
             client.login("anna@lab.test", PASSWORD)
         client.starttls(trusting(deployed))
     with smtp(deployed) as client:
         client.starttls(context=trusting(deployed))
-    imaplib.IMAP4_SSL(deployed.address("host3"), 993, ssl_context=trusting(deployed), timeout=20).shutdown()
+    imaplib.IMAP4_SSL(deployed.address("host1"), 993, ssl_context=trusting(deployed), timeout=20).shutdown()
 
 
 def test_lmtp_is_reached_from_nowhere_but_the_overlay(deployed: Project) -> None:

@@ -155,6 +155,43 @@ def docker_stopped_on_the_host_of_the_mda(project: Project) -> Callable[[], None
     return delivered
 
 
+def unmoved(project: Project) -> None:
+    """``installed``, each service where the inventory begins it, and no copy elsewhere; generations begin anew."""
+    for host in ("host1", "host2", "host3"):
+        project.sh(host, "systemctl start docker")
+    project.reset()
+    installed(project)
+
+
+@situation("move-the-mda")
+def the_mda_on_host3(project: Project) -> None:
+    unmoved(project)
+
+
+@situation("move-the-mta")
+def the_mta_on_host1(project: Project) -> None:
+    unmoved(project)
+
+
+@situation("maintenance-of-a-host")
+def the_mda_on_a_host_that_needs_work(project: Project) -> None:
+    unmoved(project)
+
+
+@situation("a-move-was-interrupted")
+def a_move_that_was_killed(project: Project) -> None:
+    unmoved(project)
+    move = project.start("migrate", "--service", "mda", "--to", "host2")
+
+    def begun() -> bool:
+        listed = project.sh("host1", "docker config ls -q --filter name=swarmmail-move")
+        return bool(listed.strip())
+
+    eventually(begun, 60, "the move has begun")
+    move.kill()
+    project.finish(move)
+
+
 # ---- tests ----
 
 

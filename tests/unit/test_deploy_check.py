@@ -37,7 +37,7 @@ def pair(tmp_path: Path) -> Path:
 
 
 def test_a_good_stack(pair: Path) -> None:
-    assert set(deploy.check(given(pair)).services) == {"mta", "mda"}
+    assert set(deploy.check(given(pair)).services) == {"mta", "mda", "edge"}
 
 
 def test_a_key_of_another_certificate(pair: Path) -> None:

@@ -250,3 +250,91 @@ def test_without_root(shell: list[str], place: Path) -> None:
     assert run(nobody, place, str(mail)).stdout == "started\n"
     (mail / ".swarmmail-volume").chmod(0o600)
     assert_refused(run(nobody, place, str(mail)), f"can't be read; make it a file that user {NOBODY} may read")
+
+
+# ---- during a move ----
+
+
+def start(shell: list[str], place: Path, *command: str) -> subprocess.Popen[str]:
+    variables = {
+        "PATH": os.environ["PATH"],
+        "SWARMMAIL_CLUSTER": "lab",
+        "SWARMMAIL_SERVICE": "mda",
+        "SWARMMAIL_GENERATION": "3",
+        "SWARMMAIL_NODE": "node1",
+        "SWARMMAIL_VOLUMES": str(place / "mail"),
+    }
+    return subprocess.Popen(
+        [*shell, str(place / "fence"), *(command or ("echo", "started"))],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def become(path: Path, **changes: str) -> None:
+    """As a move does: the new marker takes the old one's place."""
+    new = path / ".swarmmail-volume.new"
+    new.write_text("".join(f"{key}={value}\n" for key, value in (MARKER | changes).items()))
+    new.rename(path / ".swarmmail-volume")
+
+
+def waits(process: subprocess.Popen[str]) -> bool:
+    try:
+        process.wait(0.3)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("state", ["standby", "held"])
+def test_it_waits_until_its_volume_is_the_live_one(shell: list[str], place: Path, state: str) -> None:
+    path = volume(place / "mail", state=state)
+    process = start(shell, place)
+    assert waits(process)
+    become(path, state="live", generation="4")
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (0, "started\n")
+    assert err.count("\n") == 1 and f"mda waits: its volume is marked '{state}'" in err, "said once"
+
+
+def test_it_refuses_when_the_move_ended_elsewhere(shell: list[str], place: Path) -> None:
+    path = volume(place / "mail", state="held")
+    process = start(shell, place)
+    assert waits(process)
+    become(path, state="stale")
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == REFUSED and out == "" and "marked 'stale'" in err
+
+
+def test_all_volumes_must_be_live(shell: list[str], place: Path) -> None:
+    volume(place / "a")
+    path = volume(place / "mail", state="standby")
+    process = start(shell, place)
+    assert waits(process)
+    become(path, state="live")
+    assert process.communicate(timeout=10)[0] == "started\n"
+
+
+@pytest.mark.parametrize("changes", [{"node": "other"}, {"cluster": "other"}, {"service": "mta"}, {"generation": "2"}])
+def test_it_does_not_wait_for_what_is_not_its_own(shell: list[str], place: Path, changes: dict[str, str]) -> None:
+    assert run(shell, place, str(volume(place / "mail", state="standby", **changes))).returncode == REFUSED
+
+
+def test_it_ends_at_once_when_it_is_told_to(shell: list[str], place: Path) -> None:
+    """Process 1 of a container: no signal does anything unless it is asked for."""
+    volume(place / "mail", state="standby")
+    process = start(shell, place)
+    assert waits(process)
+    process.terminate()
+    assert process.wait(5) == 143
+
+
+def test_what_waits_is_well_and_what_runs_is_judged_by_its_own_check(shell: list[str], place: Path) -> None:
+    path = volume(place / "mail", state="standby")
+    assert run(shell, place, str(path), "--health", "false").returncode == 0
+    become(path, state="live")
+    assert run(shell, place, str(path), "--health", "sh", "-c", "exit 7").returncode == 7
+    become(path, state="stale")
+    assert run(shell, place, str(path), "--health", "true").returncode == REFUSED

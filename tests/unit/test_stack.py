@@ -352,6 +352,63 @@ def test_constraints_and_configs_of_the_file_stay(folder: Path) -> None:
     assert mta["deploy"]["update_config"] == {"parallelism": 1, "order": "stop-first"}
 
 
+FENCED = ("CMD", "/bin/sh", "/swarmmail-fence", "--health")
+
+
+@pytest.mark.parametrize(
+    ("written", "test"),
+    [
+        ("{test: [CMD, ask, a b]}", [*FENCED, "ask", "a b"]),
+        (
+            "{test: [CMD-SHELL, ask | me]}",
+            [*FENCED, "/bin/sh", "-c", "ask | me"],
+        ),
+        ("{test: ask | me}", [*FENCED, "/bin/sh", "-c", "ask | me"]),
+        ("{test: [NONE]}", ["NONE"]),
+        ("{disable: true}", None),
+        ("{interval: 5s}", None),
+    ],
+)
+def test_a_fence_that_waits_is_well(folder: Path, written: str, test: list[str] | None) -> None:
+    file, loaded = read(changed('    user: "5000:5000"\n', f'    user: "5000:5000"\n    healthcheck: {written}\n'))
+    rendered = stack.render(file, loaded, FILLING)["services"]["mda"]
+    assert rendered["healthcheck"].get("test") == test
+
+
+def test_a_service_with_data_has_a_task_on_each_node_with_its_label(folder: Path) -> None:
+    """One, and during a move a second, whose fence waits."""
+    file, loaded = read(
+        changed("      labels: {swarmmail.role: mta}\n", "      labels: {swarmmail.role: mta}\n      replicas: 1\n")
+    )
+    deploy = stack.render(file, loaded, FILLING)["services"]["mta"]["deploy"]
+    assert deploy["mode"] == "global" and "replicas" not in deploy
+
+
+EDGE = """\
+  edge:
+    image: example/edge:1
+    networks: [overlay]
+    deploy: {endpoint_mode: dnsrr, labels: {swarmmail.role: edge}}
+  web:
+    image: example/web:1
+networks:
+"""
+
+
+@pytest.mark.parametrize(
+    ("placement", "edge"),
+    [("{mta: host1, mda: host2}", "host1"), ("{mta: host1, mda: host2, edge: host2}", "host2")],
+)
+def test_an_edge_is_where_people_know_it(folder: Path, placement: str, edge: str) -> None:
+    file, loaded = read(changed("networks:\n  overlay", f"{EDGE}  overlay"), placement=placement)
+    filling = Filling(
+        {**FILLING.commands, "edge": (), "web": ()}, FILLING.generations, FILLING.secrets, FILLING.configs
+    )
+    rendered = stack.render(file, loaded, filling)["services"]
+    assert rendered["edge"]["deploy"]["placement"]["constraints"] == [f"node.labels.swarmmail.host == {edge}"]
+    assert "mode" not in rendered["edge"]["deploy"] and "placement" not in rendered["web"]["deploy"]
+
+
 def test_what_two_services_share_by_an_anchor_is_apart_when_rendered(folder: Path) -> None:
     text = changed(
         "      labels: {swarmmail.role: mta}\n",
@@ -421,7 +478,7 @@ def test_the_same_service_as_file_and_as_the_api_shows_it(folder: Path) -> None:
                     "Placement": {"Constraints": ["node.labels.swarmmail.mda == true"]},
                     "Networks": [{"Target": "id1"}],
                 },
-                "Mode": {"Replicated": {"Replicas": 1}},
+                "Mode": {"Global": {}},
                 "EndpointSpec": {"Ports": [{"Protocol": "tcp", "TargetPort": 143, "PublishedPort": 143}]},
             }
         },

@@ -1,0 +1,262 @@
+"""What the mail stack knows about its services when one of them is moved. A service without a role gets ``Plain``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import time
+from typing import Any, Protocol
+
+import tenacity
+
+from swarmmail import report
+from swarmmail.hosts.connection import Host
+from swarmmail.hosts.fleet import Fleet
+from swarmmail.mail import probe, services
+from swarmmail.mail.accounts import Accounts
+from swarmmail.mail.services import Container
+from swarmmail.model.errors import HostError, Refused, SwarmmailError
+from swarmmail.model.stack import StackFile
+
+GREETING = 20  # seconds for a service that was started to answer
+STUCK = 60  # seconds without progress after which what was held counts as stuck
+
+
+class Hooks(Protocol):
+    """Around the acts of a move. Each may be called twice."""
+
+    live_copy: bool
+    """Whether the volumes may be copied while the service runs, as a base for the last pass."""
+    port: int | None
+    """A port (TCP, in the container) whose connections must have ended before the service is stopped."""
+    also: str
+    """Files of this name are compared by content, wherever they are."""
+
+    def before(self, target: Host) -> list[str]:
+        """What people must know or do; said before anything is done."""
+
+    def ready(self) -> None:
+        """Look for all that is needed, before it is urgent."""
+
+    def hold(self) -> None:
+        """Let what is for the service wait."""
+
+    def release(self) -> None: ...
+    def answers(self, host: Host, pid: int) -> None:
+        """Raises HostError unless the service on ``host``, first process ``pid``, answers those who need it."""
+
+    def after(self) -> list[str]:
+        """What there is to see when all is done; lines for people."""
+
+
+class Plain:
+    """Any service: stopped, copied, started. It answers when its own health check says so."""
+
+    live_copy = True
+    port: int | None = None
+    also = "\\"
+
+    def __init__(self, fleet: Fleet, stack: StackFile) -> None:
+        self.fleet, self.stack = fleet, stack
+
+    def before(self, target: Host) -> list[str]:
+        return []
+
+    def ready(self) -> None: ...
+
+    def hold(self) -> None: ...
+
+    def release(self) -> None: ...
+
+    def answers(self, host: Host, pid: int) -> None: ...
+
+    def after(self) -> list[str]:
+        return []
+
+
+_HOLD = """
+main=$(postconf -h config_directory)/main.cf
+now=$(postconf -h defer_transports)
+[ "$now" = "$1" ] && exit 0
+queue_manager() { for c in /proc/[0-9]*/comm; do [ "$(cat $c 2>/dev/null)" = qmgr ] && echo ${c%/comm}; done; }
+old=$(queue_manager)
+if [ -n "$1" ]; then postconf -e "defer_transports=$1"; else postconf -X defer_transports; fi
+# every Postfix program waits until main.cf has not been changed for more than a second; nobody else changes it now
+touch -d '1 minute ago' "$main"
+postfix reload >/dev/null 2>&1 || exit 1
+# the old queue manager may still hand out a delivery; the new one does not
+i=0
+while [ -n "$old" ] && [ -e "$old" ] && [ $i -lt 300 ]; do sleep 0.01; i=$((i + 1)); done
+[ -z "$old" ] || [ ! -e "$old" ]
+"""
+
+
+_EDGE = """
+exec 3<>/dev/tcp/127.0.0.1/9999
+servers=$(echo 'show servers state' >&3; cat <&3)
+words=$(echo "$servers" | while read -r _ backend _ server _; do
+    case $backend in mda_*) printf 'set server %s/%s state %s;' "$backend" "$server" "$1" ;; esac
+done)
+exec 3<>/dev/tcp/127.0.0.1/9999
+echo "$words" >&3
+cat <&3
+"""
+YOUNG = 0.15
+"""Seconds that sessions which have just begun get to log in, and so to be sent away with a BYE, not cut."""
+
+
+class Mda(Plain):
+    """Deliveries wait in the MTA's queue, as deferred, without an attempt: LMTP goes straight from MTA to MDA.
+
+    New IMAP connections wait at the edge, if there is one.
+    """
+
+    port = 24
+    also = "dovecot-uidlist"
+
+    def __init__(self, fleet: Fleet, stack: StackFile) -> None:
+        super().__init__(fleet, stack)
+        self._found: dict[str, tuple[Container, int]] = {}
+
+    def _inside(
+        self, script: str, *words: str, step: str, timeout: float = 30, role: str = "mta", program: str = "sh"
+    ) -> str:
+        """Run a script inside the MTA or the edge, as ``docker exec`` would, in a tenth of its time."""
+        container, pid = self._find(role)
+        arguments = " ".join(map(shlex.quote, words))
+        command = f"nsenter -t {pid} -m -u -i -n -p -- {program} -s {arguments}"
+        return container.host.run(command, stdin=script, step=step, timeout=timeout).stdout
+
+    def _find(self, role: str) -> tuple[Container, int]:
+        if role not in self._found:
+            found = services.running(self.fleet, services.observe(self.fleet), role)
+            with found.host.doing(f"find the {role}"):
+                self._found[role] = found, found.host.docker.inspect_container(found.id)["State"]["Pid"]
+        return self._found[role]
+
+    def ready(self) -> None:
+        for role in ("mta", "edge"):
+            with contextlib.suppress(Refused):
+                self._find(role)
+
+    def hold(self) -> None:
+        self._inside(_HOLD, "lmtp", step="hold the deliveries")
+        if self._edge("maint"):
+            time.sleep(YOUNG)
+
+    def _edge(self, state: str) -> bool:
+        """Let new IMAP connections wait (``maint``), or go on (``ready``); False when there is no edge."""
+        if self.stack.by_role("edge") is None:
+            return False
+        try:
+            self._inside(_EDGE, state, step=f"edge: {state}", role="edge", program="bash")
+        except Refused as error:
+            report.warning(f"{error}; IMAP connections are refused meanwhile")
+            return False
+        return True
+
+    def release(self) -> None:
+        self._edge("ready")
+        try:
+            self._inside(_HOLD, "", step="release the deliveries")
+            self._inside("postqueue -f", step="flush the queue")
+        except Refused as error:
+            report.warning(f"{error}; an MTA that starts holds nothing")
+
+    def answers(self, host: Host, pid: int) -> None:
+        """LMTP greets, seen from the MTA's own network, by name: that is the way of every delivery."""
+        service = self.stack.by_role("mda")
+        name = service.name if service is not None else "mda"
+        # the loop is in there: from here each try would cost a round trip
+        script = (
+            f'for i in $(seq 100); do {{ exec 3<>"/dev/tcp/{name}/24" && read -r -t 5 line <&3; }} 2>/dev/null && '
+            '[ "${line#220}" != "$line" ] && echo "$line" && echo QUIT >&3 && exit; sleep 0.02; done; exit 1'
+        )
+
+        def greeted() -> str:
+            return self._inside(script, step="LMTP from the MTA", timeout=30, program="bash")
+
+        line = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(HostError)
+            | tenacity.retry_if_result(lambda text: "220" not in text),
+            stop=tenacity.stop_after_delay(GREETING),
+            wait=tenacity.wait_fixed(0.02),
+            retry_error_callback=lambda state: "",
+        )(greeted)
+        if not line.startswith("220"):
+            raise HostError(
+                f"no LMTP greeting within {GREETING} s, asked from the MTA's network for {name}:24",
+                host=host.name,
+                step="serve",
+                hint="see: fab status",
+            )
+
+    def _queue(self) -> list[dict[str, Any]]:
+        listed = self._inside("postqueue -j", step="read the queue")
+        return [json.loads(line) for line in listed.splitlines() if line.strip()]
+
+    def after(self) -> list[str]:
+        began = time.monotonic()
+        old = time.time()
+
+        def waiting() -> list[dict[str, Any]]:
+            return [mail for mail in self._queue() if mail["arrival_time"] < old]
+
+        least, since = len(waiting()), time.monotonic()
+        while least:
+            if time.monotonic() - since < STUCK:
+                time.sleep(0.2)
+                if (now := len(waiting())) < least:
+                    least, since = now, time.monotonic()
+                continue
+            raise SwarmmailError(
+                f"{least} mails that were held are in the queue, and none has gone for {STUCK} s",
+                step="after",
+                hint="see docs/runbooks/mail-stuck-in-the-queue.md",
+            )
+        lines = [f"what was held has arrived, {time.monotonic() - began:.1f} s after the release"]
+        Accounts(self.fleet).sync(patience=20)
+        return [*lines, str(probe.run(self.fleet, self.stack))]
+
+
+class Mta(Plain):
+    """Its queue is not copied while it runs: a mail would be in two. Others try again while port 25 refuses."""
+
+    live_copy = False
+
+    def before(self, target: Host) -> list[str]:
+        assert self.fleet.inventory.stack is not None
+        name = self.fleet.inventory.stack.settings.get("MAIL_HOSTNAME", "the name of the MX record")
+        return [
+            f"the public address moves, too: make {name} lead to {target.spec.address} (DNS, its TTL made short some "
+            "time before; or move the floating address). Senders that find nobody try again"
+        ]
+
+    def answers(self, host: Host, pid: int) -> None:
+        script = 'exec 3<>/dev/tcp/127.0.0.1/25 && read -r -t 5 line <&3 && echo "$line" && echo QUIT >&3'
+        command = f"nsenter -t {pid} -m -u -i -n -p -- bash -c {shlex.quote(script)}"
+        result = tenacity.Retrying(
+            retry=tenacity.retry_if_result(lambda result: not result.stdout.startswith("220")),
+            stop=tenacity.stop_after_delay(GREETING),
+            wait=tenacity.wait_fixed(0.02),
+            retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
+        )(lambda: host.run(command, step="SMTP greeting", timeout=10, check=False))
+        if not result.stdout.startswith("220"):
+            raise HostError(
+                f"no SMTP greeting within {GREETING} s", host=host.name, step="serve", hint="see: fab status"
+            )
+
+    def after(self) -> list[str]:
+        mta = services.running(self.fleet, services.observe(self.fleet), "mta")
+        mta.exec("postqueue -f", step="flush the queue")
+        Accounts(self.fleet).sync(patience=20)
+        address = mta.host.spec.address
+        return [
+            str(probe.run(self.fleet, self.stack)),
+            f"mail is taken at {mta.host.name} ({address}) now: the world must find it there (MX, floating address)",
+        ]
+
+
+def of(fleet: Fleet, stack: StackFile, role: str) -> Hooks:
+    return {"mda": Mda, "mta": Mta}.get(role, Plain)(fleet, stack)

@@ -1,0 +1,106 @@
+"""The ledger: every mail that was sent, and what became of it. Pure.
+
+Counts as Jepsen's ``total-queue`` checker does: an acknowledged mail must come out; one whose fate is unknown may.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Entry:
+    """One mail. Times in seconds of one clock."""
+
+    sent: float
+    acknowledged: float | None = None
+    """When the server said 250."""
+    refused: bool = False
+    """The server said no, or there was no connection at all: the mail must not come out."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The counts. ``lost`` and ``unexpected`` are the faults; both name the mails."""
+
+    attempted: int
+    acknowledged: int
+    delivered: int
+    lost: tuple[str, ...]
+    """Acknowledged, and now neither in a mailbox nor in a queue."""
+    queued: int
+    """Acknowledged, and still in a queue."""
+    unexpected: tuple[str, ...]
+    """In a mailbox, though never sent, or refused."""
+    duplicated: int
+    """Copies beyond the first."""
+    recovered: int
+    """In a mailbox, though nobody knew whether it had been accepted."""
+    longest: float
+    """The longest delay from 250 to the mailbox, seconds; 0 when no arrival time is known."""
+
+    @property
+    def is_clean(self) -> bool:
+        return not self.lost and not self.unexpected
+
+    def __str__(self) -> str:
+        delay = f", longest delay {self.longest:.2f} s" if self.longest else ""
+        return (
+            f"{self.attempted} attempted, {self.acknowledged} acknowledged, {self.delivered} delivered, "
+            f"{len(self.lost)} lost, {len(self.unexpected)} unexpected, {self.duplicated} duplicated, "
+            f"{self.recovered} recovered, {self.queued} in the queue{delay}"
+        )
+
+
+@dataclass
+class Ledger:
+    """Filled by senders from several threads."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def attempt(self, token: str, now: float) -> None:
+        with self._lock:
+            if token in self.entries:
+                raise ValueError(f"{token} was sent before: each mail has its own token")
+            self.entries[token] = Entry(now)
+
+    def acknowledge(self, token: str, now: float) -> None:
+        with self._lock:
+            self.entries[token].acknowledged = now
+
+    def refuse(self, token: str) -> None:
+        with self._lock:
+            self.entries[token].refused = True
+
+    def judge(
+        self, found: Iterable[str], queued: Iterable[str] = (), arrived: Mapping[str, float] | None = None
+    ) -> Verdict:
+        """``found``: the token of each mail in any mailbox, once a copy; ``queued``: of each mail in a queue;
+        ``arrived``: when a mail came into its mailbox, by the senders' clock."""
+        with self._lock:
+            entries = dict(self.entries)
+        copies: dict[str, int] = {}
+        for token in found:
+            copies[token] = copies.get(token, 0) + 1
+        waiting = set(queued) - copies.keys()
+        acknowledged = {token for token, entry in entries.items() if entry.acknowledged is not None}
+        unknown = {token for token, entry in entries.items() if entry.acknowledged is None and not entry.refused}
+        delays = [
+            when - acked
+            for token, when in (arrived or {}).items()
+            if token in entries and (acked := entries[token].acknowledged) is not None
+        ]
+        return Verdict(
+            attempted=len(entries),
+            acknowledged=len(acknowledged),
+            delivered=len(copies.keys() & acknowledged),
+            lost=tuple(sorted(acknowledged - copies.keys() - waiting)),
+            queued=len(waiting & acknowledged),
+            unexpected=tuple(sorted(copies.keys() - acknowledged - unknown)),
+            duplicated=sum(count - 1 for count in copies.values()),
+            recovered=len(copies.keys() & unknown),
+            longest=max([0.0, *delays]),
+        )

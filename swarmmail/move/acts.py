@@ -1,0 +1,526 @@
+"""The acts of a move on real hosts. ``model/move.py`` says when each comes; ``host.sh`` is what is done on a host."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import shlex
+import threading
+import time
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import docker.errors
+import tenacity
+
+from swarmmail import report
+from swarmmail.cluster import images, swarm
+from swarmmail.hosts.connection import Host, Result
+from swarmmail.hosts.fleet import Fleet
+from swarmmail.mail.hooks import Hooks
+from swarmmail.model import stack as model
+from swarmmail.model.errors import Deadline, HostError, Refused, SwarmmailError, Unreachable
+from swarmmail.model.move import HELD, STALE, STANDBY, Measured, Move, NotServing, Pass, another_pass, marker
+from swarmmail.model.placement import LIVE
+from swarmmail.model.stack import Service, StackFile
+from swarmmail.model.swarm import PLACED
+
+_SCRIPT = resources.files(__package__).joinpath("host.sh").read_text()
+KEY_HOURS = 24
+COPY_LIMIT = 24 * 3600  # seconds for one pass
+STANDBY_LIMIT = 60  # seconds for a task to be up and waiting
+REVIVE_LIMIT = 30
+GRACE = 10  # seconds for the service to end by itself
+BROKEN = frozenset((10, 12, 30, 35, 255))
+"""Exit statuses of rsync(1) and ssh(1) that mean the connection: it is made again, and the copy goes on."""
+VANISHED = 24
+"""A file went away while it was copied: nothing wrong while the service runs."""
+SAMPLE = 200
+"""Files whose contents are compared, besides those that have changed."""
+HOLDER = "swarmmail.holder"
+"""Label of a container that does nothing but hold a volume, so that no prune takes it."""
+HOLDING = "while :; do sleep 3600; done # swarmmail holds this volume"
+
+
+def verb(host: Host, name: str, *words: object, step: str, timeout: float = 60, check: bool = True) -> Result:
+    """Run a verb of ``host.sh`` on a host.
+
+    Raises:
+        Refused: the host itself refused, in one sentence.
+        HostError: it failed.
+    """
+    arguments = " ".join(shlex.quote(str(word)) for word in words)
+    result = host.run(f"sh -s -- {name} {arguments}", stdin=_SCRIPT, step=step, timeout=timeout, check=False)
+    if result.status == 3:
+        lines = result.stderr.strip().splitlines()
+        raise Refused(lines[-1] if lines else "refused", host=host.name, step=step, hint="see: fab migrate.status")
+    if check and not result.ok:
+        lines = (result.stderr or result.stdout).strip().splitlines()
+        raise HostError(lines[-1] if lines else f"exit status {result.status}", host=host.name, step=step)
+    return result
+
+
+def folder(host: Host, volume: str) -> str:
+    """Where Docker keeps a volume on a host (whether it is there already or not)."""
+    with host.doing("look at the volumes"):
+        return f"{host.docker.info()['DockerRootDir']}/volumes/{volume}/_data"
+
+
+def measure(host: Host, volumes: tuple[str, ...]) -> Measured:
+    paths = [folder(host, volume) for volume in volumes]
+    words = verb(host, "measure", *paths, step="measure the volumes", timeout=600).stdout.split()
+    return Measured(*map(int, words))
+
+
+def close(host: Host) -> None:
+    """Remove the keys, connections and copies under way of every move."""
+    verb(host, "close", host.spec.user, step="remove what a move left")
+
+
+class HostActs:
+    """See ``model.move.Acts``."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        stack: StackFile,
+        move: Move,
+        manager: Host,
+        hooks: Hooks,
+        *,
+        bwlimit: str = "0",
+    ) -> None:
+        self.fleet, self.stack, self.move, self.manager, self.hooks = fleet, stack, move, manager, hooks
+        self.source, self.target = fleet[move.source], fleet[move.target]
+        self.service: Service = stack.services[move.service]
+        self.bwlimit = bwlimit
+        self.passes: tuple[Pass, ...] = ()
+        self.lines: list[str] = []
+        """What there is to see at the end."""
+        self.gap: float | None = None
+        """Seconds from before the stop until the service answered on the target."""
+        self._paths: dict[str, tuple[str, ...]] = {}
+        self._copying_since = move.started
+        self._stopped_at: float | None = None
+        self._where = ""
+        self._waiting = 0
+        """First process of the standby."""
+
+    # -- small helpers --
+
+    def paths(self, host: Host) -> tuple[str, ...]:
+        if host.name not in self._paths:
+            self._paths[host.name] = tuple(folder(host, volume) for volume in self.move.volumes)
+        return self._paths[host.name]
+
+    def _mark(
+        self, host: Host, node: str, generation: int, state: str, expected: str, step: str, move: str = "-"
+    ) -> None:
+        text = marker(self.fleet.inventory.cluster, self.move.service, generation, node, state)
+        for path in self.paths(host):
+            verb(host, "mark", move, path, text.rstrip("\n"), f",{expected},", step=step)
+
+    def _mark_source(self, state: str, expected: str, step: str, move: str = "-") -> None:
+        self._mark(self.source, self.move.source_node, self.move.generation - 1, state, expected, step, move)
+
+    def _mark_target(self, state: str, expected: str, step: str) -> None:
+        self._mark(self.target, self.move.target_node, self.move.generation, state, expected, step)
+
+    def _containers(self, host: Host) -> list[dict[str, Any]]:
+        """The service's containers that run on a host, as ``docker inspect`` shows them."""
+        label = f"com.docker.swarm.service.name={self.stack.name}_{self.move.service}"
+        with host.doing(f"look for {self.move.service}"):
+            found = []
+            for raw in host.docker.containers(filters={"label": label, "status": "running"}):
+                with contextlib.suppress(docker.errors.NotFound):  # it has just gone
+                    found.append(host.docker.inspect_container(raw["Id"]))
+        return [raw for raw in found if raw["State"]["Running"]]
+
+    # -- copy --
+
+    def prepare(self) -> None:
+        """Leftovers away, the image and volumes on the target, their markers, the key."""
+        self.fleet.each(close, {self.source.name, self.target.name})
+        self._image()
+        labels = {
+            model.STACK_LABEL: self.stack.name,
+            "swarmmail.cluster": self.fleet.inventory.cluster,
+            "swarmmail.service": self.move.service,
+        }
+        for volume, path in zip(self.move.volumes, self.paths(self.target), strict=True):
+            with self.target.doing(f"make volume {volume}"):
+                self.target.docker.create_volume(volume, labels=labels)
+            verb(self.target, "what", path, self.fleet.inventory.cluster, self.move.service, step=f"look at {volume}")
+        if verb(self.target, "writers", self.move.volumes[0], step="look who writes there").stdout.strip():
+            raise Refused(
+                "a container there writes to the volume already",
+                host=self.target.name,
+                step="prepare",
+                hint=f"see which: docker ps --filter volume={self.move.volumes[0]}",
+            )
+        self._mark_target(STANDBY, f"none,older,{STALE},{STANDBY}", "mark the copy")
+        self._hold_volumes(self.target)
+        self._key()
+
+    def _image(self) -> None:
+        """The very image that runs on the source, under its tag."""
+        tag = self.service.image
+        with self.source.doing("look at the image"):
+            running = self._containers(self.source)
+            here = images.inspect(self.source.docker, running[0]["Config"]["Image"] if running else tag)
+            tag = running[0]["Config"]["Image"] if running else tag
+        with self.target.doing("look at the image"):
+            there = images.inspect(self.target.docker, tag)
+        if here is not None and (there is None or there.id != here.id):
+            images.ship(self.fleet, images.Builder(self.source.docker, self.source.name), {tag: [self.target.name]})
+
+    def _hold_volumes(self, host: Host) -> None:
+        """A container that does nothing keeps the volumes from every prune, as long as no task has them."""
+        name = f"swarmmail-holder-{self.stack.name}-{self.move.service}"
+        with host.doing("hold the volumes"):
+            with contextlib.suppress(docker.errors.NotFound):
+                if host.docker.inspect_container(name)["State"]["Running"]:
+                    return
+                host.docker.remove_container(name, force=True)
+            api = host.docker
+            binds = {volume: {"bind": f"/held/{i}", "mode": "ro"} for i, volume in enumerate(self.move.volumes)}
+            config = api.create_host_config(
+                binds=binds,
+                network_mode="none",
+                cap_drop=["ALL"],
+                read_only=True,
+                restart_policy={"Name": "unless-stopped"},
+            )
+            made = api.create_container(
+                self.service.image,
+                entrypoint=["/bin/sh", "-c", HOLDING],
+                command=[],
+                name=name,
+                labels={HOLDER: self.move.service},
+                user="65534:65534",
+                healthcheck={"test": ["NONE"]},
+                host_config=config,
+            )
+            api.start(made["Id"])
+
+    def _drop_holder(self, host: Host) -> None:
+        with host.doing("let go of the volumes"), contextlib.suppress(docker.errors.NotFound):
+            host.docker.remove_container(f"swarmmail-holder-{self.stack.name}-{self.move.service}", force=True)
+
+    def _key(self) -> None:
+        move = self.move
+        public = verb(self.source, "open_source", move.id, step="make the key").stdout.strip()
+        address = verb(self.source, "addresses", step="read the addresses").stdout.split()
+        allowed = ",".join(address)
+        opened = verb(
+            self.target,
+            "open_target",
+            move.id,
+            self.target.spec.user,
+            KEY_HOURS,
+            allowed,
+            public,
+            *self.paths(self.target),
+            step="let the copy in",
+        ).stdout.splitlines()
+        port = next((line.split()[1] for line in opened if line.startswith("port ")), str(self.target.spec.port))
+        name = self.target.spec.advertise if port == "22" else f"[{self.target.spec.advertise}]:{port}"
+        keys = [" ".join([name, *line.split()[:2]]) for line in opened if line.startswith(("ssh-", "ecdsa-"))]
+        self._where = f"{self.target.spec.user}@{self.target.spec.advertise}"
+        self._connect = (move.id, self._where, port, "\n".join(keys))
+        self._connected()
+
+    def _connected(self) -> None:
+        try:
+            verb(self.source, "connect", *self._connect, step="connect to the target", timeout=30)
+        except HostError as error:
+            raise HostError(
+                f"SSH from {self.source.name} to {self._where} fails: {error.what.removeprefix('exit status 255: ')}",
+                host=self.source.name,
+                step="connect to the target",
+                hint="the source must reach the target's SSH port: data goes from host to host",
+            ) from None
+
+    def precopy(self) -> None:
+        if not self.hooks.live_copy:
+            return
+        self._copying_since = time.time()
+        while another_pass(self.passes):
+            done = self._pass("copy", live=True)
+            self.passes = (*self.passes, done)
+            report.progress(
+                f"pass {len(self.passes)}: {done.files} files, {done.bytes / 1e6:.1f} MB in {done.seconds:.1f} s",
+                self.source.name,
+            )
+        verb(self.target, "flush", self.paths(self.target)[0], step="write the copy to the disk", timeout=600)
+
+    def _pass(self, step: str, live: bool) -> Pass:
+        """One pass. A connection that breaks is made again; what is there already is not sent again."""
+        move = self.move
+        pairs = self.paths(self.source)
+        assert pairs == self.paths(self.target) or len(pairs) == len(self.paths(self.target))
+
+        def once() -> Result:
+            result = verb(
+                self.source,
+                "pass",
+                move.id,
+                self._where,
+                self.bwlimit,
+                *[f"{a}={b}" for a, b in zip(pairs, self.paths(self.target), strict=True)],
+                step=step,
+                timeout=COPY_LIMIT,
+                check=False,
+            )
+            if result.status in BROKEN:
+                report.progress("the connection to the target broke; once more", self.source.name)
+                self._connected()
+            return result
+
+        began = time.monotonic()
+        ended = threading.Event()
+        if live:
+            threading.Thread(target=self._show_progress, args=(ended,), daemon=True).start()
+        try:
+            result: Result = tenacity.Retrying(
+                retry=tenacity.retry_if_result(lambda result: result.status in BROKEN),
+                stop=tenacity.stop_after_attempt(5),
+                wait=tenacity.wait_exponential(0.2, max=5),
+                retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
+            )(once)
+        finally:
+            ended.set()
+        if not result.ok and not (live and result.status == VANISHED):
+            said = (result.stderr.strip().splitlines() or [f"exit status {result.status}"])[0]
+            raise HostError(f"the copy failed: {said}", host=self.source.name, step=step)
+        numbers = [int(n.replace(",", "")) for n in re.findall(r": ([\d,]+)", result.stdout)]
+        return Pass(time.monotonic() - began, sum(numbers[0::2]), sum(numbers[1::2]))
+
+    def _show_progress(self, ended: threading.Event) -> None:
+        while not ended.wait(2):
+            with contextlib.suppress(SwarmmailError):
+                words = verb(self.source, "progress", self.move.id, step="progress", check=False).stdout.split()
+                if len(words) > 3:
+                    report.progress(
+                        f"copy: {words[0]} bytes, {words[1]}, {words[2]}, {words[3]} left", self.source.name
+                    )
+
+    def standby(self) -> None:
+        """The service is up on the target, and its fence waits."""
+        swarm.set_label(self.manager, self.move.target_node, self.service.place_label, PLACED)
+
+        def up() -> int:
+            for raw in self._containers(self.target):
+                if (raw["State"].get("Health") or {}).get("Status", "healthy") == "healthy":
+                    return int(raw["State"]["Pid"])
+            return 0
+
+        self._waiting = swarm.wait_until(up, bool, STANDBY_LIMIT)
+        if not self._waiting:
+            raise Deadline(
+                f"{self.move.service} was not up there within {STANDBY_LIMIT} s",
+                host=self.target.name,
+                step="standby",
+                hint=f"see why: docker service ps --no-trunc {self.stack.name}_{self.move.service}",
+            )
+        self.hooks.ready()
+        if self.hooks.live_copy:
+            self._pass("copy", live=True)  # so that the last one has seconds to catch up with, not a minute
+
+    # -- stop --
+
+    def hold(self) -> None:
+        self._first = [raw["State"]["Pid"] for raw in self._containers(self.source)]
+        self.hooks.hold()
+
+    def stop(self) -> None:
+        self._stopped_at = time.monotonic()
+        self._mark_source(HELD, f"{LIVE},{HELD}", "hold the source", self.move.id)
+        port = f"{self.hooks.port:04X}" if self.hooks.port else "-"
+        names = " ".join(self.move.volumes)
+        verb(self.source, "stop", self.move.id, port, GRACE, names, *self._first, step="stop the source", timeout=60)
+
+    def final(self) -> None:
+        done = self._pass("last copy", live=False)
+        report.progress(
+            f"last pass: {done.files} files, {done.bytes / 1e6:.1f} MB in {done.seconds:.2f} s", self.source.name
+        )
+
+    def compare(self) -> None:
+        files = max(1, self.files)
+        step = max(1, files // SAMPLE)
+        first = random.randint(1, step)  # noqa: S311
+        since = int(self._copying_since) - 1
+
+        def look(host: Host) -> str:
+            return verb(
+                host,
+                "manifest",
+                self.move.id,
+                since,
+                first,
+                step,
+                self.hooks.also,
+                *self.paths(host),
+                step="compare both sides",
+                timeout=600,
+            ).stdout
+
+        found = self.fleet.each(look, (self.source.name, self.target.name))
+        if found[self.source.name] != found[self.target.name]:
+            raise HostError(
+                f"the copy differs from {self.source.name}: {self._difference()}",
+                host=self.target.name,
+                step="compare",
+                hint="nothing was lost; run the same command again",
+            )
+        entries = [line.split() for line in found[self.source.name].splitlines()]
+        self.lines.append(
+            f"compared: {sum(int(words[0]) for words in entries)} entries by name, size, owner, mode and time, "
+            f"{sum(int(words[2]) for words in entries)} files by content"
+        )
+
+    files = 0
+    """Files of the volumes, as the check counted them."""
+
+    def _difference(self) -> str:
+        def listing(host: Host) -> set[str]:
+            return set(verb(host, "listing", self.move.id, step="compare both sides", timeout=120).stdout.splitlines())
+
+        found = self.fleet.each(listing, (self.source.name, self.target.name))
+        here, there = found[self.source.name], found[self.target.name]
+        several = [f"only {self.source.name}: {line}" for line in sorted(here - there)[:3]]
+        several += [f"only {self.target.name}: {line}" for line in sorted(there - here)[:3]]
+        return "; ".join(several) or "the contents of files that changed, or of the sample"
+
+    # -- cutover --
+
+    def cutover(self) -> None:
+        if self.move.source_is_dead:
+            self._shut_out()
+            self._mark_target(LIVE, f"{STALE},{STANDBY},{LIVE}", "make the old copy live")
+            swarm.set_label(self.manager, self.move.source_node, self.service.place_label, None)
+            swarm.set_label(self.manager, self.move.target_node, self.service.place_label, PLACED)
+        else:
+            self._mark_target(LIVE, f"{STANDBY},{LIVE}", "make the copy live")
+
+    def _shut_out(self) -> None:
+        """From now on the fence refuses every older generation, also on a source that comes back."""
+        api, name = self.manager.docker, f"{self.stack.name}_{self.move.service}"
+        with self.manager.doing(f"raise the generation of {name}"):
+            raw = api.inspect_service(name)
+            spec = raw["Spec"]
+            container = spec["TaskTemplate"]["ContainerSpec"]
+            wanted = f"SWARMMAIL_GENERATION={self.move.generation}"
+            others = [entry for entry in container.get("Env") or () if not entry.startswith("SWARMMAIL_GENERATION=")]
+            if wanted not in (container.get("Env") or ()):
+                # the whole specification, read and written: the SDK's update would reset what it is not given (F85)
+                container["Env"] = [*others, wanted]
+                url = api._url("/services/{0}/update", raw["ID"])
+                api._raise_for_status(api._post_json(url, data=spec, params={"version": raw["Version"]["Index"]}))
+
+    def serve(self) -> None:
+        def started() -> int:
+            """The first process of the service's container, once its fence has let it go."""
+            for raw in self._containers(self.target):
+                words = self.target.run(
+                    f"tr '\\0' ' ' </proc/{raw['State']['Pid']}/cmdline", step="serve", check=False
+                ).stdout
+                if words and "/swarmmail-fence" not in words:
+                    return int(raw["State"]["Pid"])
+            return 0
+
+        pid = self._waiting
+        if not pid or not verb(self.target, "started", pid, step="serve", timeout=30, check=False).ok:
+            pid = swarm.wait_until(started, bool, STANDBY_LIMIT)  # it was started anew meanwhile
+        problem: SwarmmailError | None = None
+        if not pid:
+            problem = HostError("its container did not start", host=self.target.name, step="serve")
+        else:
+            try:
+                self.hooks.answers(self.target, pid)
+                if self._stopped_at is not None:
+                    self.gap = time.monotonic() - self._stopped_at
+            except Unreachable:
+                raise
+            except SwarmmailError as error:
+                problem = error
+        if problem is not None:
+            raise NotServing(
+                f"{self.move.service} has its data on {self.target.name} and does not answer: {problem.what}",
+                host=self.target.name,
+                step="serve",
+                hint=f"mend it there; or move it back: fab migrate --service {self.move.service} "
+                f"--to {self.move.source}",
+            )
+
+    def release(self) -> None:
+        self.hooks.release()
+
+    # -- after --
+
+    def tidy(self) -> None:
+        close(self.target)
+        if not self.move.source_is_dead:
+            self._mark_source(STALE, f"{HELD},{STALE}", "mark the old copy")
+            self._hold_volumes(self.source)
+            close(self.source)
+        swarm.set_label(self.manager, self.move.source_node, self.service.place_label, None)
+        self._drop_holder(self.target)
+        if not self.move.source_is_dead:
+            swarm.wait_until(lambda: not self._containers(self.source), bool, 30)
+
+    def after(self) -> None:
+        self.lines += self.hooks.after()
+
+    # -- undo --
+
+    def revive(self) -> None:
+        """The source lives again. The Swarm starts its task anew if it was stopped; then that is waited for."""
+        self._mark_source(LIVE, f"{HELD},{LIVE}", "make the source live again")
+
+        def serves() -> int:
+            for raw in self._containers(self.source):
+                words = self.source.run(
+                    f"tr '\\0' ' ' </proc/{raw['State']['Pid']}/cmdline", step="revive", check=False
+                ).stdout
+                if words and "/swarmmail-fence" not in words:
+                    return int(raw["State"]["Pid"])
+            return 0
+
+        pid = swarm.wait_until(serves, bool, REVIVE_LIMIT)
+        if pid and self.hooks.port:
+            with contextlib.suppress(HostError):
+                self.hooks.answers(self.source, pid)
+
+    def retreat(self) -> None:
+        close(self.source)
+        try:
+            close(self.target)
+            if self._marked(self.target).get("state") == STANDBY:
+                self._mark_target(STALE, STANDBY, "mark the copy")
+        except Unreachable as error:
+            # its marker says standby and its label goes: without a label nothing starts there
+            report.warning(f"{error}; its copy is left as it is, and can't be started")
+        swarm.set_label(self.manager, self.move.target_node, self.service.place_label, None)
+
+    def _marked(self, host: Host) -> Mapping[str, str]:
+        text = host.run(
+            f"cat {shlex.quote(self.paths(host)[0])}/.swarmmail-volume 2>/dev/null || true", step="read the marker"
+        ).stdout
+        return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def remove_copy(host: Host, stack: str, service: str, volume: str) -> None:
+    """Remove an old copy for good."""
+    with host.doing(f"remove volume {volume}"):
+        with contextlib.suppress(docker.errors.NotFound):
+            host.docker.remove_container(f"swarmmail-holder-{stack}-{service}", force=True)
+        # the Swarm keeps the containers of tasks that have ended for a while; one that runs makes the engine refuse
+        for raw in host.docker.containers(all=True, filters={"volume": volume}):
+            if raw["State"] in ("exited", "dead", "created"):
+                with contextlib.suppress(docker.errors.NotFound):
+                    host.docker.remove_container(raw["Id"])
+        host.docker.remove_volume(volume)

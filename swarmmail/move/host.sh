@@ -1,0 +1,275 @@
+# What a move does on a host: `sh -s -- VERB ARGUMENT...`, as root, this text on standard input.
+# Everything that lives only as long as a move is in /run/swarmmail-move-ID: gone with a reboot, and then every verb that needs
+# it refuses. So a command of a run that was given up can do nothing any more.
+# Exit status: 0 done, 3 refused (one line on standard error says why), else the failing program's.
+export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin
+umask 077
+say() { echo "$*" >&2; }
+refuse() { say "$*"; exit 3; }
+folder() { D=/run/swarmmail-move-$1; [ -d "$D" ] || refuse "this move was ended by somebody else, or the host was restarted"; }
+
+# ---- volumes and markers ----
+
+# measure PATH...: "bytes files free free-inodes" over all of them; a path that is not there counts as empty
+measure() {
+    bytes=0 files=0 free= inodes=
+    for path; do
+        if [ -d "$path" ]; then
+            bytes=$((bytes + $(du -sB1 "$path" | cut -f1))) files=$((files + $(find "$path" | wc -l)))
+        fi
+        while [ ! -d "$path" ]; do path=${path%/*}; done
+        free=$(df -B1 --output=avail "$path" | tail -1) inodes=$(df --output=iavail "$path" | tail -1)
+    done
+    echo "$bytes" "$files" "$free" "$(case $inodes in *[0-9]*) echo "$inodes" ;; *) echo 0 ;; esac)"
+}
+
+value() { sed -n "s/^$2=//p" "$1/.swarmmail-volume" 2>/dev/null; }
+
+# what PATH CLUSTER SERVICE: whether a copy may be written into this volume: "empty", or its marker's "generation state"
+what() {
+    if [ ! -e "$1/.swarmmail-volume" ]; then
+        [ -z "$(ls -A "$1" | head -1)" ] || refuse "volume at $1 holds files and has no marker: it may be somebody's data"
+        echo empty
+        return
+    fi
+    [ "$(value "$1" cluster)" = "$2" ] && [ "$(value "$1" service)" = "$3" ] ||
+        refuse "volume at $1 belongs to service '$(value "$1" service)' of cluster '$(value "$1" cluster)'"
+    echo "$(value "$1" generation) $(value "$1" state)"
+}
+
+# mark ID PATH TEXT EXPECTED: write a marker (TEXT, lines), whole or not at all; one that is there already is left. EXPECTED:
+# states that may be there, with commas around each; `none` for no marker, `older` for a live one that data has left long ago.
+# ID: only while this move is under way; - for always.
+mark() {
+    [ "$1" = - ] || folder "$1"
+    cd "$2" || exit 1
+    [ "$(cat .swarmmail-volume 2>/dev/null)" != "$3" ] || return 0
+    state=$(value . state)
+    wanted=$(echo "$3" | sed -n 's/^generation=//p')
+    case $4 in
+        *,"${state:-none}",*) ;;
+        *,older,*) [ "$state" = live ] && [ "$(value . generation)" -lt $((wanted - 1)) ] || refuse "volume at $2 is marked '$state'" ;;
+        *) refuse "volume at $2 is marked '$state', expected ${4#,}" ;;
+    esac
+    (umask 022; printf '%s\n' "$3" >.swarmmail-volume.new)
+    sync .swarmmail-volume.new
+    mv .swarmmail-volume.new .swarmmail-volume
+    sync .
+}
+
+# ---- who writes ----
+
+# writers NAME: every process on this host that can write to the volume, as the kernel sees it: it has it mounted read-write and
+# is no fence that waits. A process whose container init is gone is gone too: the kernel ends the whole PID namespace first.
+writers() {
+    for file in $(grep -lE " [^ ]*/volumes/$1/_data [^ ]+ rw" /proc/[0-9]*/mountinfo 2>/dev/null); do
+        pid=${file#/proc/} pid=${pid%/*}
+        words=$(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null)
+        case $words in
+            "/bin/sh /swarmmail-fence "* | "sleep 0.02 " | "sleep 1 ") ;;
+            "") ;; # it has just ended
+            *) echo "$pid $words" ;;
+        esac
+    done
+}
+
+# in_flight PORT PID...: whether a connection to this port (hexadecimal) is established in the network of a process
+in_flight() {
+    port=$1; shift
+    [ "$port" = - ] && return 1
+    for pid; do
+        grep -q ":$port [0-9A-F]*:[0-9A-F]* 01 " "/proc/$pid/net/tcp" "/proc/$pid/net/tcp6" 2>/dev/null && return 0
+    done
+    return 1
+}
+
+# stop ID PORT GRACE NAMES PID...: end the containers whose first processes are PID, and see that nobody can write any more.
+# Killed only when no delivery is in flight.
+stop() {
+    folder "$1"; port=$2 grace=$3 names=$4; shift 4
+    tries=0
+    while in_flight "$port" "$@"; do
+        tries=$((tries + 1))
+        [ "$tries" -le 500 ] || refuse "a delivery has been in flight for 10 s"
+        sleep 0.02
+    done
+    for pid; do kill -TERM "$pid" 2>/dev/null; done
+    # cheap first: no program is started in this loop but `sleep`
+    tries=0
+    while [ "$tries" -lt $((grace * 50)) ]; do
+        alive=
+        for pid; do kill -0 "$pid" 2>/dev/null && alive=yes; done
+        [ -n "$alive" ] || break
+        tries=$((tries + 1))
+        sleep 0.02
+    done
+    while left=$(for name in $names; do writers "$name"; done); [ -n "$left" ]; do
+        tries=$((tries + 1))
+        if [ "$tries" -eq $((grace * 50)) ]; then
+            in_flight "$port" "$@" && refuse "it does not end, and a delivery is in flight"
+            for pid; do kill -KILL "$pid" 2>/dev/null; done
+        fi
+        [ "$tries" -le $((grace * 50 + 250)) ] || refuse "process $(echo "$left" | head -1) still has the volume"
+        sleep 0.02
+    done
+}
+
+# started PID: wait until a fence has let its service go
+started() {
+    tries=0
+    while words=$(tr '\0' ' ' <"/proc/$1/cmdline" 2>/dev/null) && [ "$tries" -lt 500 ]; do
+        case $words in *"/swarmmail-fence "*) ;; "") break ;; *) return 0 ;; esac
+        tries=$((tries + 1))
+        sleep 0.02
+    done
+    exit 1
+}
+
+# ---- the way of the copy ----
+
+keys_file() {
+    home=$(getent passwd "$1" | cut -d: -f6)
+    file=$(sshd -T 2>/dev/null | sed -n 's/^authorizedkeysfile //p' | cut -d' ' -f1 | sed "s|%h|$home|; s|%u|$1|; s|%%|%|")
+    case ${file:=.ssh/authorized_keys} in /*) echo "$file" ;; *) echo "$home/$file" ;; esac
+}
+
+# close USER: whatever moves left on this host: keys, connections, copies under way
+close() {
+    keys=$(keys_file "$1")
+    if grep -qs ' swarmmail-move-' "$keys"; then
+        cp -p "$keys" "$keys.swarmmail-new" && grep -v ' swarmmail-move-' "$keys" >"$keys.swarmmail-new"
+        mv "$keys.swarmmail-new" "$keys"
+    fi
+    for dir in /run/swarmmail-move-*; do
+        [ -d "$dir" ] || continue
+        for pid in $(cat "$dir"/pids 2>/dev/null); do
+            tries=0
+            while tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -q '^rsync \|swarmmail-move'; do
+                if [ "$tries" -lt 100 ]; then kill -TERM "$pid" 2>/dev/null; else kill -KILL "$pid" 2>/dev/null; fi
+                [ "$tries" -lt 300 ] || refuse "process $pid of an earlier move does not end"
+                tries=$((tries + 1))
+                sleep 0.02
+            done
+        done
+        [ -S "$dir/ssh" ] && ssh -F /dev/null -S "$dir/ssh" -O exit x 2>/dev/null
+        rm -rf "$dir"
+    done
+}
+
+# open_source ID: make the key, here, where it stays; its public half
+open_source() {
+    D=/run/swarmmail-move-$1
+    mkdir "$D" || exit 1
+    : >"$D/pids"
+    ssh-keygen -q -t ed25519 -N '' -C "swarmmail-move-$1" -f "$D/key" && cat "$D/key.pub"
+}
+
+# open_target ID USER HOURS FROM KEY PATH...: let that key in, from those addresses, for so long, for one command: to receive a
+# copy into one of the paths. Prints "port N" and the host keys.
+open_target() {
+    id=$1 user=$2 hours=$3 from=$4 key=$5; shift 5
+    D=/run/swarmmail-move-$id
+    mkdir "$D" && chmod 755 "$D" && : >"$D/pids" && chmod 666 "$D/pids" || exit 1
+    root= && [ "$user" = root ] || root="sudo -n "
+    cat >"$D/serve" <<END
+# The only command of a move's key: rsync as the receiver, without any option that could do more, into the volume.
+set -f
+paths='$*'
+no() { echo "swarmmail: this key may not do that" >&2; exit 3; }
+set -- \$SSH_ORIGINAL_COMMAND
+[ "\${1:-} \${2:-}" = "rsync --server" ] || no
+for word; do last=\$word; done
+case " \$paths " in *" \${last%/} "*) ;; *) no ;; esac
+shift 2
+words=
+while [ \$# -gt 2 ]; do
+    case \$1 in
+        --numeric-ids | --delete | --delete-during | --stats | --bwlimit=* | --info=* | --log-format=* | -e.*) ;;
+        --partial-dir) [ "\$2" = .swarmmail-partial ] || no; words="\$words \$1"; shift ;;
+        --*) no ;;
+        -@-1 | -[a-zA-Z]*) ;; # -@: --modify-window
+        *) no ;;
+    esac
+    words="\$words \$1"
+    shift
+done
+[ "\${1:-}" = . ] || no
+echo \$\$ >>$D/pids
+exec ${root}rsync --server \$words . "\$last"
+END
+    chmod 755 "$D/serve"
+    keys=$(keys_file "$user")
+    mkdir -p "${keys%/*}"
+    [ -e "$keys" ] || { : >"$keys"; chmod 600 "$keys"; chown "$user" "${keys%/*}" "$keys"; }
+    [ -z "$(tail -c1 "$keys")" ] || echo >>"$keys"
+    until=$(date -d "+$hours hours" +%Y%m%d%H%M)
+    echo "restrict,from=\"$from\",expiry-time=\"$until\",command=\"/bin/sh $D/serve\" $key" >>"$keys"
+    sshd -T 2>/dev/null | grep '^port '
+    cat /etc/ssh/ssh_host_*_key.pub
+}
+
+# connect ID WHERE PORT KNOWN: one connection for all passes. KNOWN: lines of known_hosts.
+connect() {
+    folder "$1"
+    printf '%s\n' "$4" >"$D/known_hosts"
+    [ -S "$D/ssh" ] && ssh -F /dev/null -S "$D/ssh" -O exit x 2>/dev/null
+    # both ends of it: a pipe that stays open would keep the caller waiting
+    ssh -F /dev/null -i "$D/key" -p "$3" -o IdentitiesOnly=yes -o BatchMode=yes -o StrictHostKeyChecking=yes \
+        -o UserKnownHostsFile="$D/known_hosts" -o GlobalKnownHostsFile=/dev/null -o ConnectTimeout=10 \
+        -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o Ciphers=^aes128-gcm@openssh.com -o Compression=no \
+        -M -S "$D/ssh" -fN "$2" >"$D/log" 2>&1 </dev/null || { tail -1 "$D/log" >&2; exit 255; }
+}
+
+# pass ID WHERE BWLIMIT PATH=PATH-THERE...: copy what differs. --modify-window=-1: times count to the nanosecond; else a file that
+# changed twice within a second and kept its size would be taken for unchanged. Prints rsync's statistics; exit status as rsync's.
+pass() {
+    folder "$1"; where=$2 limit=$3; shift 3
+    for pair; do
+        path=${pair%%=*} there=${pair#*=}
+        rsync -aHAXS --modify-window=-1 --numeric-ids --delete --partial-dir=.swarmmail-partial --bwlimit="$limit" --stats --info=progress2 \
+            --exclude=/.swarmmail-volume --exclude=/.swarmmail-volume.new \
+            -e "ssh -F /dev/null -S $D/ssh -o BatchMode=yes -o ProxyCommand=false" "$path/" "$where:$there/" >"$D/progress" 2>"$D/errors" &
+        echo $! >>"$D/pids"
+        wait $!
+        status=$?
+        tr '\r' '\n' <"$D/progress" | grep '^Number of regular files transferred\|^Total transferred file size'
+        [ "$status" = 0 ] || { grep -v '^rsync error' "$D/errors" | head -3 >&2; tail -1 "$D/errors" >&2; return "$status"; }
+    done
+}
+
+# addresses: this host's own, for the line that lets it in
+addresses() { ip -o addr show scope global | sed 's/.* inet6\{0,1\} \([^ /]*\).*/\1/' | sort -u; }
+
+# flush PATH: to the disk
+flush() { sync -f "$1"; }
+
+# progress ID: the last line of a pass that is under way
+progress() { folder "$1"; tail -c 300 "$D/progress" 2>/dev/null | tr '\r' '\n' | grep % | tail -1; }
+
+# ---- comparing ----
+
+# manifest ID SINCE FIRST STEP ALSO PATH...: for each path a line "entries hash hashed hash-of-contents". Contents: of what has
+# changed since SINCE (epoch), of files named ALSO, and of every STEP-th file from FIRST on; up to 16 MB each, as rsync itself
+# compared the checksum of each file that it sent.
+manifest() {
+    folder "$1"; since=$2 first=$3 step=$4 also=$5; shift 5
+    for path; do
+        cd "$path" || exit 1
+        find . -mindepth 1 ! -path ./.swarmmail-volume ! -path ./.swarmmail-volume.new \
+            \( -type d -printf 'd 0 %m %U %G %T@ 0 %p\0' -o -type f -printf 'f %s %m %U %G %T@ %n %p\0' \
+            -o -printf '%y %l 0 %U %G 0 0 %p\0' \) | sort -z >"$D/manifest"
+        {
+            find . -type f -size -16384k \( -newermt "@$since" -o -name "$also" \) \
+                ! -path ./.swarmmail-volume ! -path ./.swarmmail-volume.new -print0
+            grep -za '^f ' "$D/manifest" | sed -zn "$first~${step}p" | grep -zaE '^f [0-9]{1,7} ' | sed -zE 's/^([^ ]+ ){7}//'
+        } | sort -zu >"$D/sample"
+        echo "$(tr -dc '\0' <"$D/manifest" | wc -c)" "$(sha256sum <"$D/manifest" | cut -c1-64)" \
+            "$(tr -dc '\0' <"$D/sample" | wc -c)" "$(xargs -0r sha256sum <"$D/sample" | sha256sum | cut -c1-64)"
+    done
+    sync -f .
+}
+
+# listing ID: the last manifest, a line an entry, what is not printable escaped
+listing() { folder "$1"; tr '\0' '\n' <"$D/manifest" | sed -n l0; }
+
+"$@"

@@ -1,0 +1,116 @@
+"""The journal of a move: a Swarm config. Its content is the move; a label, the only part that may change, is the phase.
+
+Every change names the version it is based on, so of two runs that both believe to be at work only one goes on.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+from typing import Any
+
+import docker.errors
+import tenacity
+
+from swarmmail.hosts.connection import Host
+from swarmmail.model.errors import HostError, Locked, Refused
+from swarmmail.model.move import JOURNAL as NAME
+from swarmmail.model.move import Move, Overtaken, Phase, decode
+
+PHASE_LABEL = "swarmmail.phase"
+PATIENCE = 30  # seconds for which a manager that does not answer is asked again: an election takes less
+
+
+class Journal:
+    """The one journal of the Swarm. See ``model.move.Journal``."""
+
+    def __init__(self, manager: Host, raw: dict[str, Any]) -> None:
+        self.manager = manager
+        self._raw = raw
+        self.move: Move = decode(base64.b64decode(raw["Spec"].get("Data", "")))
+
+    @property
+    def phase(self) -> Phase:
+        text = (self._raw["Spec"].get("Labels") or {}).get(PHASE_LABEL, "")
+        try:
+            return Phase(text)
+        except ValueError:
+            raise Refused(
+                f"the journal names an unknown phase '{text}'",
+                step="read the journal",
+                hint="it is of another version of swarmmail",
+            ) from None
+
+    def advance(self, phase: Phase) -> None:
+        """Raises Overtaken when somebody else wrote in between."""
+        spec = dict(self._raw["Spec"])
+        spec["Labels"] = {**(spec.get("Labels") or {}), PHASE_LABEL: phase.value}
+        api, name = self.manager.docker, self._raw["ID"]
+
+        def write() -> dict[str, Any]:
+            with self.manager.doing("write the journal"):
+                try:
+                    # the SDK has no method for it: POST /configs/{id}/update
+                    url = api._url("/configs/{0}/update", name)
+                    answer = api._post_json(url, data=spec, params={"version": self._raw["Version"]["Index"]})
+                    api._raise_for_status(answer)
+                except (docker.errors.NotFound, docker.errors.APIError) as error:
+                    text = str(error.explanation or error)
+                    if isinstance(error, docker.errors.NotFound) or "out of sequence" in text or "not found" in text:
+                        raise _overtaken(phase) from None
+                    raise
+                raw: dict[str, Any] = api.inspect_config(name)
+                return raw
+
+        self._raw = _patiently(write)
+        if self.phase is not phase:
+            raise _overtaken(phase)  # right after our word somebody else wrote
+
+    def remove(self) -> None:
+        with self.manager.doing("remove the journal"), contextlib.suppress(docker.errors.NotFound):
+            self.manager.docker.remove_config(self._raw["ID"])
+
+
+def _overtaken(phase: Phase) -> Overtaken:
+    return Overtaken(
+        f"the journal of this move was changed by somebody else (wanted to write '{phase}')",
+        step="migrate",
+        hint="see where it stands: fab migrate.status; then: fab migrate.resume",
+    )
+
+
+def read(manager: Host) -> Journal | None:
+    """The journal of a move that has not ended; None when there is none."""
+
+    def look() -> list[dict[str, Any]]:
+        with manager.doing("read the journal"):
+            return [c for c in manager.docker.configs(filters={"name": NAME}) if c["Spec"]["Name"] == NAME]
+
+    found = _patiently(look)
+    return Journal(manager, found[0]) if found else None
+
+
+def begin(manager: Host, move: Move) -> Journal:
+    """Raises Locked when there is one already."""
+    with manager.doing("begin the journal"):
+        try:
+            manager.docker.create_config(NAME, move.encode(), labels={PHASE_LABEL: Phase.COPY.value})
+        except docker.errors.APIError as error:
+            if "already exists" not in str(error):
+                raise
+            raise Locked("another move has just begun", step="migrate", hint="see: fab migrate.status") from None
+    journal = read(manager)
+    if journal is None or journal.move.id != move.id:
+        raise Locked("another move has just begun", step="migrate", hint="see: fab migrate.status")
+    return journal
+
+
+def _patiently(act: Any) -> Any:
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(
+            lambda error: isinstance(error, HostError) and "does not have a leader" in error.what
+        ),
+        stop=tenacity.stop_after_delay(PATIENCE),
+        wait=tenacity.wait_fixed(0.5),
+        reraise=True,
+    )(act)

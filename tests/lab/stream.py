@@ -1,0 +1,272 @@
+"""A stream of mail at a known rate while something else happens, with a ledger; watchers of what must never happen."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import smtplib
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from conftest import HOSTS, Project
+from mailing import container, imap, queue
+
+from swarmmail.model.ledger import Ledger, Verdict
+
+SUBJECT = re.compile(rb"^Subject: (\S+)", re.M | re.I)
+
+
+@dataclass
+class Stream:
+    """Sends until it is stopped. ``to`` are addresses with the password that ``judge`` reads them with."""
+
+    project: Project
+    to: Sequence[str]
+    password: str
+    rate: float = float(os.environ.get("SWARMMAIL_RATE", "20"))
+    """Mails a second. A machine that is busy with other things bears less."""
+    hosts: Sequence[str] = ("host1",)
+    """Tried one after the other: where the MTA may be."""
+    name: str = "m"
+    ledger: Ledger = field(default_factory=Ledger)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def __enter__(self) -> Stream:
+        workers = 4
+        for worker in range(workers):
+            thread = threading.Thread(target=self._work, args=(worker, workers), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _work(self, worker: int, workers: int) -> None:
+        addresses = [self.project.address(host) for host in self.hosts]
+        number, began = worker, time.monotonic()
+        client: smtplib.SMTP | None = None
+        while not self._stop.is_set():
+            if self._stop.wait(max(0.0, began + number / self.rate - time.monotonic())):
+                break
+            token, to = f"{self.name}-{number}", self.to[number % len(self.to)]
+            number += workers
+            self.ledger.attempt(token, time.time())
+            try:
+                if client is None:
+                    client = smtplib.SMTP(addresses[0], 25, local_hostname="stranger.example.com", timeout=20)
+            except OSError:
+                addresses.append(addresses.pop(0))
+                self.ledger.refuse(token)
+                continue
+            try:
+                client.sendmail(
+                    "sender@example.com",
+                    [to],
+                    f"From: <sender@example.com>\r\nTo: <{to}>\r\nSubject: {token}\r\n\r\nx\r\n",
+                )
+                self.ledger.acknowledge(token, time.time())
+            except (smtplib.SMTPServerDisconnected, OSError):
+                client = None  # whether it was taken is not known
+            except smtplib.SMTPException:
+                self.ledger.refuse(token)
+                with contextlib.suppress(Exception):
+                    client.close()
+                client = None
+        with contextlib.suppress(Exception):
+            if client is not None:
+                client.quit()
+
+    def judge(
+        self, mda: str, mta: str = "host1", volume: str = "mail_mail", patience: float = 60, edge: str = "host1"
+    ) -> Verdict:
+        """Wait until the queue is empty, then count what IMAP shows; arrival times by the names of the files."""
+        deadline = time.monotonic() + patience
+        while queue(self.project, mta) and time.monotonic() < deadline:
+            time.sleep(0.3)
+        found: list[str] = []
+        for address in self.to:
+            with imap(self.project, address, self.password, edge) as client:
+                client.select("INBOX", readonly=True)
+                _, data = client.fetch("1:*", "(BODY.PEEK[HEADER.FIELDS (SUBJECT)])")
+                texts = [part[1] for part in data if isinstance(part, tuple)]
+                found += [m[1].decode() for text in texts if (m := SUBJECT.search(text))]
+        mine = [token for token in found if token.startswith(f"{self.name}-")]
+        return self.ledger.judge(mine, arrived=self._arrived(mda, volume))
+
+    def _arrived(self, mda: str, volume: str) -> dict[str, float]:
+        """Dovecot's file names hold the moment of delivery: ``<seconds>.M<microseconds>P...``."""
+        listed = self.project.sh(
+            mda,
+            f"cd /var/lib/docker/volumes/{volume}/_data && "
+            "grep -rm1 --include='*.M*' '^Subject: ' . 2>/dev/null || true",
+        )
+        times = {}
+        for line in listed.splitlines():
+            if m := re.search(r"/(\d+)\.M(\d+)P[^:]*.*:Subject: (\S+)$", line):
+                times[m[3]] = int(m[1]) + int(m[2]) / 1e6
+        return times
+
+
+_LOOK = r"""
+while sleep 0.05; do
+  n=0
+  for f in $(grep -lE ' [^ ]*/volumes/VOLUME/_data [^ ]+ rw' /proc/[0-9]*/mountinfo 2>/dev/null); do
+    p=${f#/proc/}; p=${p%/*}
+    case $(tr '\0' ' ' <"/proc/$p/cmdline" 2>/dev/null) in *PROGRAM*) n=$((n + 1)) ;; esac
+  done
+  echo "$(date +%s.%N) $n"
+done
+"""
+
+
+@dataclass
+class Watch:
+    """Watches the hosts' own kernels: on how many hosts a program has a volume mounted, all the time."""
+
+    project: Project
+    volume: str = "mail_mail"
+    program: str = "dovecot"
+    looks: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    _processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def __enter__(self) -> Watch:
+        script = _LOOK.replace("VOLUME", self.volume).replace("PROGRAM", self.program)
+        for host in HOSTS:
+            process = subprocess.Popen(
+                ["docker", "exec", "-i", self.project.container(host), "sh", "-c", script],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            self._processes.append(process)
+            threading.Thread(target=self._read, args=(host, process), daemon=True).start()
+        return self
+
+    def _read(self, host: str, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            when, count = line.split()
+            self.looks.setdefault(host, []).append((float(when), int(count)))
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+        for host in HOSTS:
+            self.project.sh(host, "pkill -f 'while sleep 0.05' || true", check=False)
+
+    def spans(self) -> dict[str, list[tuple[float, float]]]:
+        """For each host the times (first look, last look) during which the program was there."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for host, looks in self.looks.items():
+            spans: list[tuple[float, float]] = []
+            before = False
+            for when, count in looks:
+                if count and before:
+                    spans[-1] = (spans[-1][0], when)
+                elif count:
+                    spans.append((when, when))
+                before = bool(count)
+            found[host] = spans
+        return found
+
+    def overlaps(self) -> list[str]:
+        """Two hosts at the same time: must be empty. One clock: the hosts are containers of one machine."""
+        every = [(start, end, host) for host, spans in self.spans().items() for start, end in spans]
+        every.sort()
+        return [
+            f"{a[2]} until {a[1]:.2f} and {b[2]} from {b[0]:.2f}"
+            for i, a in enumerate(every)
+            for b in every[i + 1 :]
+            if a[2] != b[2] and b[0] < a[1]
+        ]
+
+
+@dataclass
+class Probe:
+    """Asks for a greeting again and again; the longest time without one is the gap."""
+
+    ask: Callable[[], bool]
+    pause: float = 0.05
+    good: list[tuple[float, float]] = field(default_factory=list)
+    bad: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Probe:
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+        return self
+
+    def _work(self) -> None:
+        while not self._stop.wait(self.pause):
+            began = time.monotonic()
+            ok = False
+            with contextlib.suppress(Exception):
+                ok = self.ask()
+            if ok:
+                self.good.append((began, time.monotonic()))
+            else:
+                self.bad += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(30)
+
+    @property
+    def gap(self) -> float:
+        return max((b[1] - a[1] for a, b in zip(self.good, self.good[1:], strict=False)), default=0.0)
+
+
+@contextlib.contextmanager
+def lmtp_probe(project: Project, mta: str = "host1") -> Iterator[list[float]]:
+    """20 LMTP greetings a second, asked in the MTA's own network by name, as Postfix does; yields a list that at the
+    end holds the moments (seconds) at which one was seen."""
+    script = (
+        "while :; do if exec 3<>/dev/tcp/mda/24 && read -r -t 1 line <&3; then "
+        "case $line in 220*) date +%s.%N ;; esac; echo QUIT >&3; exec 3>&-; fi 2>/dev/null; sleep 0.05; done"
+    )
+    process = subprocess.Popen(
+        [
+            "docker",
+            "exec",
+            project.container(mta),
+            "docker",
+            "exec",
+            container(project, mta, "mail_mta"),
+            "bash",
+            "-c",
+            script,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    seen: list[float] = []
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            seen.append(float(line))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        process.kill()
+        project.sh(mta, "pkill -f 'while :; do if exec 3' || true", check=False)
+
+
+def longest(moments: Sequence[float]) -> float:
+    return max((b - a for a, b in itertools.pairwise(moments)), default=0.0)

@@ -1,0 +1,396 @@
+"""Moves under mail: nothing lost, never two writers, and one of two good ends from wherever a run was killed.
+
+``SWARMMAIL_KILLS`` (default 6) is the number of killed runs; ``SWARMMAIL_SEED`` repeats a sequence of them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+from conftest import HOSTS, MAIL, STACK, Project, Result, eventually
+from mailing import PASSWORD, account, arrives, container, deploy, healed, mark, marker, queue, send, variant, volume
+from stream import Stream, Watch, lmtp_probe, longest
+
+from swarmmail.cluster import swarm
+from swarmmail.model import move as model
+
+pytestmark = pytest.mark.lab
+
+SEED = int(os.environ.get("SWARMMAIL_SEED", random.randrange(10**6)))  # noqa: S311
+KILLS = int(os.environ.get("SWARMMAIL_KILLS", "6"))
+NO_PROOF = {"resume": ["--no-verify"], "abort": []}
+STEPS = [step.name for step in model.steps("mda", "", "")]
+USERS = ("ann@lab.test", "bob@lab.test", "cid@lab.test")
+
+
+def place(project: Project, service: str = "mail_mda") -> str:
+    """The one host where the service's own container runs and its volume is live."""
+    name = {"mail_mda": "mail_mail", "mail_mta": "mail_queue"}[service]
+    look = f"cat /var/lib/docker/volumes/{name}/_data/.swarmmail-volume 2>/dev/null || true"
+    [host] = [h for h in HOSTS if "state=live\n" in project.sh(h, look)]
+    return host
+
+
+def other(host: str) -> str:
+    return "host2" if host == "host3" else "host3"
+
+
+@pytest.fixture
+def mailing(deployed: Project) -> Iterator[Project]:
+    known = deployed.fab("user.list", "--inventory", MAIL, check=0).stdout.split()
+    for user in USERS:
+        if user not in known:
+            account(deployed, user.split("@")[0])
+    yield deployed
+
+
+def migrate(project: Project, to: str, *words: str, service: str = "mda", check: int | None = None) -> Result:
+    """Without the proof of encryption at the end, which has tests of its own."""
+    given = ("--service", service, "--to", to, "--inventory", MAIL, "--no-verify", *words)
+    return project.fab("migrate", *given, timeout=240, check=check)
+
+
+def clean(project: Project) -> None:
+    """What no move may leave, wherever it ended."""
+    for host in HOSTS:
+        assert project.sh(host, "ls -d /run/swarmmail-move-* 2>/dev/null || true") == ""
+        assert project.sh(host, "grep -c swarmmail-move /root/.ssh/authorized_keys || true") == "0\n"
+        assert project.sh(host, "pgrep -a rsync || true") == ""
+    labels = [
+        node["Spec"]["Labels"]["swarmmail.host"]
+        for node in project.host("host1").docker.nodes()
+        if node["Spec"]["Labels"].get("swarmmail.mda") == "true"
+    ]
+    assert labels == [place(project)]
+    assert not [
+        c for c in project.host("host1").docker.configs() if c["Spec"]["Name"] in ("swarmmail-move", "swarmmail-lock")
+    ]
+    mta = container(project, "host1", "mail_mta")
+    assert project.sh("host1", f"docker exec {mta} postconf -h defer_transports") == "\n"
+
+
+def test_there_and_back_under_mail(mailing: Project) -> None:
+    """20 mails a second; two moves; each mail found once; deploy afterwards moves nothing."""
+    source = place(mailing)
+    target = other(source)
+    name = f"a{time.time_ns()}"
+    with (
+        Watch(mailing) as watch,
+        lmtp_probe(mailing) as greetings,
+        Stream(mailing, USERS, PASSWORD, name=name) as stream,
+    ):
+        time.sleep(2)
+        first = migrate(mailing, target, "--times", check=0)
+        time.sleep(1)
+        second = migrate(mailing, source, check=0)
+        time.sleep(2)
+    for result, host in ((first, target), (second, source)):
+        assert re.search(rf"^migrate: mda is on {host}; it was away \d+\.\d\d s$", result.stdout, re.M), str(result)
+        assert "compared: " in result.stdout and "what was held has arrived" in result.stdout
+    verdict = stream.judge(source)
+    said = [line for line in (first.stdout + second.stdout).splitlines() if "away" in line]
+    print(f"{verdict}; LMTP gap {longest(greetings):.2f} s; {said}")
+    assert verdict.is_clean and verdict.queued == 0 and verdict.duplicated == 0, str(verdict)
+    assert verdict.acknowledged > 100
+    assert watch.overlaps() == [] and all(watch.looks[host] for host in HOSTS)
+    assert {host for host, spans in watch.spans().items() if spans} == {source, target}
+    clean(mailing)
+    assert marker(mailing, source, "mail_mail")["state"] == "live"
+    assert marker(mailing, target, "mail_mail")["state"] == "stale"
+    assert deploy(mailing, check=0).stdout == "deploy: nothing to do\n"
+    assert f"mda      {source}" in mailing.fab("status", "--inventory", MAIL, check=0).stdout
+
+
+def test_a_move_to_where_it_is_already_does_nothing(mailing: Project) -> None:
+    where = place(mailing)
+    assert migrate(mailing, where, check=0).stdout == f"migrate: mda is on {where} already, nothing to do\n"
+
+
+def test_plan_and_check_change_nothing(mailing: Project) -> None:
+    target = other(place(mailing))
+    before = {host: mailing.sh(host, "docker volume ls -q; docker ps -aq; ls /run") for host in HOSTS}
+    shown = migrate(mailing, target, "--plan", check=0).stdout
+    assert "+ cutover: " in shown and "no way back from here" in shown
+    assert "+ cutover" not in migrate(mailing, target, "--check-only", check=0).stdout
+    assert before == {host: mailing.sh(host, "docker volume ls -q; docker ps -aq; ls /run") for host in HOSTS}
+
+
+@pytest.mark.timeout(300 + 60 * KILLS)
+def test_killed_at_random_and_run_again(mailing: Project) -> None:
+    """SIGKILL at any moment, then the printed next command or the same one: never lost, never two writers."""
+    rng = random.Random(SEED)  # noqa: S311
+    name = f"k{time.time_ns()}"
+    ends: list[str] = []
+    with Watch(mailing) as watch, Stream(mailing, USERS, PASSWORD, name=name) as stream:
+        for _ in range(KILLS):
+            target = other(place(mailing))
+            process = mailing.start("migrate", "--service", "mda", "--to", target, "--inventory", MAIL)
+            # each step is as likely, however short it is; within it, any moment
+            step = rng.choice(("start", *STEPS[:-1]))
+            assert process.stderr is not None
+            while step != "start" and (line := process.stderr.readline()) and f" s  {step}: " not in line:
+                pass
+            time.sleep(rng.choice((0.0, rng.uniform(0, 0.2), rng.uniform(0, 2))))
+            process.send_signal(signal.SIGKILL)
+            mailing.finish(process)
+            how = rng.choice(("same", "resume", "abort"))
+            if how == "same":
+                end = migrate(mailing, target)
+            else:
+                end = mailing.fab(f"migrate.{how}", "--inventory", MAIL, *NO_PROOF[how], timeout=240)
+            if how == "abort" and end.status:
+                assert "moving back is a move" in end.errors[-1], str(end)
+                end = mailing.fab("migrate.resume", "--inventory", MAIL, "--no-verify", timeout=240)
+            assert end.status == 0, f"seed {SEED}, killed after {step}, then {how}: {end}"
+            ends.append(f"killed after {step}, {how}: {end.stdout.splitlines()[-1]}")
+            print(ends[-1], flush=True)
+            clean(mailing)
+            assert mailing.fab("migrate.status", "--inventory", MAIL, check=0).stdout == "no move is under way\n"
+        time.sleep(1)
+    verdict = stream.judge(place(mailing))
+    print(f"seed {SEED}: {verdict}")
+    assert verdict.is_clean and verdict.queued == 0, f"seed {SEED}: {verdict}\n" + "\n".join(ends)
+    assert watch.overlaps() == [], f"seed {SEED}"
+
+
+@pytest.mark.parametrize("state", ["stale", "foreign", "unmarked", "empty"])
+def test_a_volume_that_is_not_the_live_one_never_comes_to_life(mailing: Project, state: str) -> None:
+    """A hand moves the label to a host with such a volume: its fence says why, and the mailbox stays where it is."""
+    source = place(mailing)
+    target = other(source)
+    if not mailing.sh(target, "docker images -q swarmmail/mda"):
+        migrate(mailing, target, check=0)  # without the image the Swarm could start nothing there anyway
+        source, target = target, source
+    api = mailing.host("host1").docker
+    path = volume(mailing, target, "mail_mail")
+    if not path:
+        path = mailing.host(target).docker.create_volume("mail_mail")["Mountpoint"]
+    mailing.sh(
+        target, f"docker rm -f $(docker ps -aq -f label=swarmmail.holder) 2>/dev/null; find {path} -mindepth 1 -delete"
+    )
+    if state == "unmarked":
+        mailing.sh(target, f"touch {path}/something")
+    elif state != "empty":
+        live = volume(mailing, source, "mail_mail")
+        text = mailing.sh(source, f"cat {live}/.swarmmail-volume")
+        mailing.sh(target, f"cat >{path}/.swarmmail-volume <<'EOF'\n{text}EOF")
+        mark(mailing, target, "mail_mail", **({"state": "stale"} if state == "stale" else {"cluster": "another"}))
+    [node] = [n for n in api.nodes() if n["Spec"]["Labels"]["swarmmail.host"] == target]
+    words = {
+        "stale": "marked 'stale'|made for node",
+        "foreign": "belongs to cluster 'another'",
+        "unmarked": "no marker",
+        "empty": "is empty",
+    }
+    try:
+        mailing.sh("host1", f"docker node update --label-add swarmmail.mda=true {node['ID']}")
+        said = []
+
+        def refused() -> bool:
+            said[:] = mailing.sh(
+                target,
+                "for c in $(docker ps -aq -f label=com.docker.swarm.service.id); do docker logs $c 2>&1; done",
+                check=False,
+            ).splitlines()
+            return any("mda does not start: " in line and re.search(words[state], line) for line in said)
+
+        eventually(refused, 30, f"the fence refuses, said {said}")
+        token = send(mailing, USERS[0])
+        assert token and container(mailing, source, "mail_mda")
+    finally:
+        swarm.set_label(mailing.host("host1"), node["ID"], "swarmmail.mda", None)
+        mailing.sh(target, f"find {path} -mindepth 1 -delete")
+        eventually(
+            lambda: (
+                not mailing.sh(
+                    target, "docker ps -aq -f label=com.docker.swarm.service.name=mail_mda -f status=running"
+                )
+            ),
+            30,
+        )
+
+
+def test_a_volume_with_somebody_s_files_is_refused(mailing: Project) -> None:
+    target = other(place(mailing))
+    path = volume(mailing, target, "mail_mail") or mailing.host(target).docker.create_volume("mail_mail")["Mountpoint"]
+    mailing.sh(target, f"find {path} -mindepth 1 -delete; echo precious >{path}/file")
+    try:
+        migrate(mailing, target).error(target, "holds files and has no marker")
+        assert mailing.sh(target, f"cat {path}/file") == "precious\n"
+        clean(mailing)
+    finally:
+        mailing.sh(target, f"rm {path}/file")
+
+
+def test_two_operators(mailing: Project) -> None:
+    target = other(place(mailing))
+    first = mailing.start("migrate", "--service", "mda", "--to", target, "--inventory", MAIL)
+    try:
+        eventually(
+            lambda: any(c["Spec"]["Name"] == "swarmmail-move" for c in mailing.host("host1").docker.configs()),
+            60,
+            "it began",
+        )
+        migrate(mailing, target).error("lock", "has been at work on 'migrate")
+        deploy(mailing).error("")
+    finally:
+        assert mailing.finish(first, 240).status == 0
+    clean(mailing)
+
+
+def test_interrupted_once_it_undoes_what_it_did(mailing: Project) -> None:
+    source = place(mailing)
+    process = mailing.start("migrate", "--service", "mda", "--to", other(source), "--inventory", MAIL)
+    eventually(
+        lambda: any(c["Spec"]["Name"] == "swarmmail-move" for c in mailing.host("host1").docker.configs()),
+        60,
+        "it began",
+    )
+    process.send_signal(signal.SIGINT)
+    result = mailing.finish(process, 120)
+    assert result.status == 130, str(result)
+    assert place(mailing) == source
+    clean(mailing)
+
+
+def test_purge_removes_old_copies_only(mailing: Project) -> None:
+    source = place(mailing)
+    target = other(source)
+    migrate(mailing, target, check=0)
+    assert (
+        f"+ remove {source}: volume mail_mail"
+        in mailing.fab("migrate.purge", "--plan", "--inventory", MAIL, check=0).stdout
+    )
+    mailing.sh(source, "docker system prune -af --volumes >/dev/null; docker volume prune -af >/dev/null")
+    assert volume(mailing, source, "mail_mail"), "the old copy is held against prune"
+    assert f"removed {source}: volume mail_mail" in mailing.fab("migrate.purge", "--inventory", MAIL, check=0).stdout
+    assert not volume(mailing, source, "mail_mail") and place(mailing) == target
+    assert mailing.fab("migrate.purge", "--inventory", MAIL, check=0).stdout == "migrate.purge: nothing to do\n"
+
+
+def test_the_mta_moves_with_its_queue(mailing: Project) -> None:
+    """Mails that are deferred: each arrives once, under the id that it had, through the MTA on its new host."""
+    source = place(mailing)
+    name = f"q{time.time_ns()}"
+    count = int(os.environ.get("SWARMMAIL_QUEUED", "60"))
+    mta = container(mailing, "host1", "mail_mta")
+    hold = "postconf -e defer_transports=lmtp && postfix reload"
+    mailing.sh("host1", f"docker exec {mta} sh -c '{hold}'")
+    stream = Stream(mailing, USERS, PASSWORD, name=name, rate=50, hosts=("host1", "host2"))
+    with stream:
+        eventually(lambda: len(queue(mailing)) >= count, 60, "mail waits in the queue")
+        stream.stop()
+    before = {mail["queue_id"] for mail in queue(mailing)}
+    result = migrate(mailing, "host2", service="mta", check=0)
+    assert "mail is taken at host2" in result.stdout and "the public address moves, too" in result.output
+    listed = mailing.sh("host2", f"docker logs {container(mailing, 'host2', 'mail_mta')} 2>&1")
+    assert {queue_id for queue_id in before if f"{queue_id}: removed" not in listed} == {
+        mail["queue_id"] for mail in queue(mailing, "host2")
+    }, "ids stay"
+    verdict = stream.judge(source, mta="host2")
+    print(verdict)
+    assert verdict.is_clean and verdict.queued == verdict.duplicated == 0 and verdict.acknowledged >= count, str(
+        verdict
+    )
+    assert place(mailing, "mail_mta") == "host2"
+    token = send(mailing, USERS[0], host="host2")
+    arrives(mailing, USERS[0], PASSWORD, token)
+    with Stream(mailing, USERS, PASSWORD, name=f"r{time.time_ns()}", rate=5, hosts=("host2", "host1")) as under:
+        time.sleep(1)
+        migrate(mailing, "host1", service="mta", check=0)
+        time.sleep(2)
+    verdict = under.judge(source)
+    print(f"under mail: {verdict}")
+    assert verdict.is_clean and verdict.duplicated == 0, str(verdict)
+
+
+def extra(text: str) -> str:
+    """The stack with one more service with data: something that appends to a file, and is no mail."""
+    service = (
+        "  extra:\n    image: swarmmail/mta\n    build: ./mta\n"
+        "    entrypoint: [sh, -c, 'trap exit TERM; while :; do date +%s >>/data/log; sleep 0.1; done']\n"
+        "    volumes: ['extra:/data', 'more:/more']\n    networks: [local-mail-delivery]\n"
+        "    deploy: {endpoint_mode: dnsrr}\n"
+    )
+    text = text.replace("\nnetworks:\n", f"\n{service}\nnetworks:\n")
+    return text.replace("\nvolumes:\n", "\nvolumes:\n  extra:\n  more:\n", 1)
+
+
+def test_any_service_with_volumes_moves(mailing: Project) -> None:
+    name = variant(mailing, "extra", {"stack.yml": extra}, placement={**STACK["placement"], "extra": "host2"})
+    deploy(mailing, inventory=name, check=0)
+    try:
+        before = mailing.sh("host2", f"cat {volume(mailing, 'host2', 'mail_extra')}/log").splitlines()
+        result = mailing.fab(
+            "migrate", "--service", "extra", "--to", "host3", "--inventory", name, "--no-verify", check=0, timeout=240
+        )
+        assert "migrate: extra is on host3" in result.stdout
+        after = mailing.sh("host3", f"cat {volume(mailing, 'host3', 'mail_extra')}/log").splitlines()
+        assert after[: len(before)] == before and len(after) > len(before)
+        assert marker(mailing, "host3", "mail_more")["state"] == "live"
+        there = volume(mailing, "host3", "mail_extra")
+        eventually(
+            lambda: len(mailing.sh("host3", f"cat {there}/log").splitlines()) > len(after), 10, "it goes on there"
+        )
+        assert (
+            mailing.sh("host2", f"cat {volume(mailing, 'host2', 'mail_extra')}/log").splitlines()
+            == after[: len(mailing.sh("host2", f"cat {volume(mailing, 'host2', 'mail_extra')}/log").splitlines())]
+        ), "nothing was written to the old copy after the last pass"
+    finally:
+        healed(mailing)
+        for host in ("host2", "host3"):
+            mailing.sh(
+                host, "docker rm -f swarmmail-holder-mail-extra; docker volume rm -f mail_extra mail_more", check=False
+            )
+        mailing.sh(
+            "host1",
+            "for n in $(docker node ls -q); do docker node update --label-rm swarmmail.extra $n; done",
+            check=False,
+        )
+
+
+def test_a_lost_source(mailing: Project) -> None:
+    """The host of the MDA is gone. With a yes an older copy lives, and the lost one never again."""
+    source = place(mailing)
+    target = other(source)
+    migrate(mailing, target, check=0)  # so that there is a copy on `source`, of this moment
+    words = ("migrate", "--service", "mda", "--to", source, "--source-is-dead", "--no-verify", "--inventory", MAIL)
+    mailing.fab(*words).error("check", "it is not dead, and its data is newer")
+    mailing.stop(target)
+    try:
+        api = mailing.host("host1").docker
+
+        def down() -> bool:
+            return any(
+                n["Spec"]["Labels"]["swarmmail.host"] == target and n["Status"]["State"] == "down" for n in api.nodes()
+            )
+
+        eventually(down, 60, "the Swarm sees it")
+        mailing.fab(*words).error("check", r"the copy on \w+ is of \d{4}-\d\d-\d\d .* is lost")
+        result = mailing.fab(*words, "--yes", check=0, timeout=240)
+        assert f"migrate: mda is on {source}" in result.stdout
+        token = send(mailing, USERS[0])
+        arrives(mailing, USERS[0], PASSWORD, token)
+    finally:
+        mailing.up(3)
+    # a manager that comes back may cause an election
+    eventually(lambda: mailing.bootstrap(MAIL, timeout=240).status == 0, 120, "the cluster is whole again")
+    time.sleep(3)
+    assert not container(mailing, target, "mail_mda") and place_by_label(mailing) == source
+    assert f"removed {target}: volume mail_mail" in mailing.fab("migrate.purge", "--inventory", MAIL, check=0).stdout
+    healed(mailing)
+
+
+def place_by_label(project: Project) -> str:
+    [host] = [
+        node["Spec"]["Labels"]["swarmmail.host"]
+        for node in project.host("host1").docker.nodes()
+        if node["Spec"]["Labels"].get("swarmmail.mda") == "true"
+    ]
+    return str(host)

@@ -1,0 +1,262 @@
+"""What a move does on a host, run for real by ``sh`` in a folder that stands for /run and for a volume."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from swarmmail.model.move import marker
+
+SCRIPT = (Path(__file__).parents[2] / "swarmmail" / "move" / "host.sh").read_text()
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKey swarmmail-move-id1"
+OTHER = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOther somebody@home"
+
+
+@pytest.fixture
+def run(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """``run(verb, *words)``: the script with its folders in ``tmp_path``."""
+    text = SCRIPT.replace("/run/swarmmail-move-", f"{tmp_path}/run/swarmmail-move-")
+    assert text.endswith('\n"$@"\n')
+    text = text.removesuffix('"$@"\n') + f'keys_file() {{ echo {tmp_path}/ssh/keys; }}\n"$@"\n'
+    (tmp_path / "run").mkdir()
+
+    def verb(*words: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["sh", "-s", "--", *map(str, words)], input=text, capture_output=True, text=True, timeout=30, check=False
+        )
+
+    return verb
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    path = tmp_path / "volumes" / "mail_mail" / "_data"
+    path.mkdir(parents=True)
+    return path
+
+
+def text(state: str, generation: int = 2, service: str = "mda") -> str:
+    return marker("lab", service, generation, "node1", state).rstrip("\n")
+
+
+# ---- markers ----
+
+
+def test_a_marker_is_written_only_over_what_is_expected(run, volume: Path) -> None:  # type: ignore[no-untyped-def]
+    assert run("mark", "-", volume, text("standby"), ",none,").returncode == 0
+    there = (volume / ".swarmmail-volume").read_text()
+    assert there == marker("lab", "mda", 2, "node1", "standby")
+    refused = run("mark", "-", volume, text("stale"), ",live,")
+    assert refused.returncode == 3 and "marked 'standby', expected live" in refused.stderr
+    assert (volume / ".swarmmail-volume").read_text() == there
+    assert run("mark", "-", volume, text("live"), ",standby,live,").returncode == 0
+    assert run("mark", "-", volume, text("live"), ",nothing,").returncode == 0, "what is there already is no change"
+    assert [path.name for path in volume.iterdir()] == [".swarmmail-volume"]
+
+
+@pytest.mark.parametrize(("generation", "allowed"), [(1, True), (2, True), (3, False), (4, False)])
+def test_a_live_copy_is_overwritten_only_when_its_data_has_left_long_ago(  # type: ignore[no-untyped-def]
+    run, volume: Path, generation: int, allowed: bool
+) -> None:
+    """The copy to be made is generation 4, so generation 3 is the one that serves."""
+    (volume / ".swarmmail-volume").write_text(marker("lab", "mda", generation, "node1", "live"))
+    assert (run("mark", "-", volume, text("standby", 4), ",none,older,").returncode == 0) == allowed
+
+
+def test_a_command_of_a_move_that_was_ended_does_nothing(run, volume: Path) -> None:  # type: ignore[no-untyped-def]
+    (volume / ".swarmmail-volume").write_text(marker("lab", "mda", 2, "node1", "live"))
+    for words in (
+        ("mark", "gone", volume, text("held"), ",live,"),
+        ("stop", "gone", "-", 1, "mail_mail", os.getpid()),
+        ("pass", "gone", "x@y", 0, f"{volume}={volume}"),
+        ("manifest", "gone", 0, 1, 1, "x", volume),
+    ):
+        done = run(*words)
+        assert done.returncode == 3 and "ended by somebody else" in done.stderr, words
+    assert "state=live" in (volume / ".swarmmail-volume").read_text()
+
+
+@pytest.mark.parametrize(
+    ("files", "answer"),
+    [
+        ({}, "empty"),
+        ({".swarmmail-volume": marker("lab", "mda", 3, "n", "stale"), "x": ""}, "3 stale"),
+        ({"x": ""}, "may be somebody's data"),
+        ({".swarmmail-volume": marker("lab", "mta", 3, "n", "stale")}, "belongs to service 'mta'"),
+        ({".swarmmail-volume": marker("other", "mda", 3, "n", "stale")}, "of cluster 'other'"),
+    ],
+)
+def test_what_is_in_a_volume(run, volume: Path, files: dict[str, str], answer: str) -> None:  # type: ignore[no-untyped-def]
+    for name, content in files.items():
+        (volume / name).write_text(content)
+    done = run("what", volume, "lab", "mda")
+    assert answer in done.stdout + done.stderr
+    assert done.returncode == (0 if done.stdout else 3)
+
+
+# ---- the key ----
+
+
+@pytest.fixture
+def serve(run, tmp_path: Path, volume: Path) -> Path:  # type: ignore[no-untyped-def]
+    (tmp_path / "ssh").mkdir()
+    (tmp_path / "ssh" / "keys").write_text(OTHER)
+    done = run("open_target", "id1", "root", 24, "192.0.2.1,192.0.2.2", KEY, volume)
+    assert "ssh-" in done.stdout or done.returncode in (0, 1, 2)  # host keys, where there are some
+    return tmp_path / "run" / "swarmmail-move-id1" / "serve"
+
+
+def test_the_key_is_let_in_for_one_command_from_one_host_for_a_day(serve: Path, tmp_path: Path) -> None:
+    other, line = (tmp_path / "ssh" / "keys").read_text().splitlines()
+    assert other == OTHER
+    options = line.removesuffix(f" {KEY}")
+    assert options.startswith('restrict,from="192.0.2.1,192.0.2.2",expiry-time="')
+    assert options.endswith(f'command="/bin/sh {serve}"')
+    until = time.mktime(time.strptime(options.split('expiry-time="')[1][:12], "%Y%m%d%H%M"))
+    assert 23 * 3600 < until - time.time() <= 24 * 3600
+
+
+def ask(serve: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """What the key's command does with what the client asks for; a program `rsync` of ours shows it."""
+    fake = serve.parent / "bin"
+    fake.mkdir(exist_ok=True)
+    (fake / "rsync").write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
+    (fake / "rsync").chmod(0o755)
+    return subprocess.run(
+        ["/bin/sh", str(serve)],
+        env={"PATH": f"{fake}:{os.environ['PATH']}", "SSH_ORIGINAL_COMMAND": command},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+
+
+def test_the_key_receives_a_copy_into_its_volume(serve: Path, volume: Path) -> None:
+    options = "-vlHogDtpAXrSe.iLsfxCIvu -@-1 --stats --delete-during --numeric-ids --partial-dir .swarmmail-partial"
+    done = ask(serve, f"rsync --server {options} . {volume}/")
+    assert done.returncode == 0 and done.stdout.split() == ["--server", *options.split(), ".", f"{volume}/"]
+    assert (serve.parent / "pids").read_text().strip().isdigit(), "so that it can be ended"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "sh",
+        "rsync",
+        "rsync --server -r . /etc/",
+        "rsync --server -r . VOLUME/../other/",
+        "rsync --server --sender -r . VOLUME/",
+        "rsync --server -r --remove-source-files . VOLUME/",
+        "rsync --server -r --log-file=/etc/cron.d/x . VOLUME/",
+        "rsync --server -r --partial-dir /etc . VOLUME/",
+        "rsync --server -r --rsync-path=sh . VOLUME/",
+        "rsync --server -r --backup-dir=/etc . VOLUME/",
+        "rsync --server -r --copy-dest=/root . VOLUME/",
+        "rsync --server -r /etc . VOLUME/",
+        "rsync --server -r . /etc VOLUME/",
+        "rsync --server -r; id . VOLUME/",
+        "rsync --daemon . VOLUME/",
+        "sh -c id rsync --server . VOLUME/",
+    ],
+)
+def test_the_key_may_do_nothing_else(serve: Path, volume: Path, command: str) -> None:
+    done = ask(serve, command.replace("VOLUME", str(volume)))
+    assert done.returncode == 3 and done.stdout == "" and "may not do that" in done.stderr
+
+
+def test_closing_takes_away_keys_and_copies_of_moves_and_nothing_else(run, serve: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    copying = subprocess.Popen(["sh", "-c", "exec -a 'rsync --server' sleep 60"], executable="bash")
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        time.sleep(0.2)
+        (serve.parent / "pids").write_text(f"{copying.pid}\n{stranger.pid}\n999999999\n")
+        # our child stays a zombie until it is waited for; a host's process does not
+        import threading
+
+        threading.Thread(target=copying.wait, daemon=True).start()
+        assert run("close", "root").returncode == 0
+        assert (tmp_path / "ssh" / "keys").read_text() == OTHER + "\n"
+        assert not serve.parent.exists()
+        assert copying.poll() is not None and stranger.poll() is None
+        assert run("close", "root").returncode == 0, "nothing to do"
+    finally:
+        copying.kill()
+        stranger.kill()
+        stranger.wait()
+
+
+# ---- comparing ----
+
+
+def manifest(run, path: Path, id_: str, since: float = 0.0) -> str:  # type: ignore[no-untyped-def]
+    folder = Path(str(path).split("/volumes/")[0]) / "run" / f"swarmmail-move-{id_}"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = run("manifest", id_, int(since), 1, 1, "dovecot-uidlist", path)
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
+
+
+def test_a_true_copy_compares_equal_whatever_the_names(run, tmp_path: Path, volume: Path) -> None:  # type: ignore[no-untyped-def]
+    there = tmp_path / "volumes" / "copy" / "_data"
+    for name in ("a", "with space", "new\nline", "üml", "-n", "*", "'\"$x"):
+        (volume / name).write_text(name)
+    (volume / os.fsdecode(b"latin-\xe9")).write_text("x")
+    (volume / "folder").mkdir()
+    (volume / "link").symlink_to("a")
+    os.link(volume / "a", volume / "folder" / "hard")
+    (volume / ".swarmmail-volume").write_text("marker of the source")
+
+    def copy() -> None:
+        shutil.rmtree(there, ignore_errors=True)
+        there.parent.mkdir(exist_ok=True)
+        subprocess.run(["cp", "-a", str(volume), str(there)], check=True, timeout=30)
+        (there / ".swarmmail-volume").write_text("another")
+
+    copy()
+    before = manifest(run, volume, "one")
+    assert before == manifest(run, there, "two") and before.split()[0] == "11"
+
+    def changed(change: object) -> bool:
+        subprocess.run(["sh", "-c", str(change)], cwd=there, check=True, timeout=10)
+        differs = manifest(run, there, "two") != before
+        copy()
+        assert manifest(run, there, "two") == before
+        return differs
+
+    for change in (
+        "rm a",
+        "touch new",
+        "touch -d 2001-01-01 a",
+        "chmod 600 a",
+        "mv 'with space' without; touch -r a .",
+        "rmdir folder 2>/dev/null || rm -r folder",
+        "cp -p a b; mv b a",  # the hard link is gone, all else is the same
+        "ln -sfn b link",
+        "printf b >a; touch -r link a",
+    ):
+        assert changed(change), change
+
+
+def test_a_content_that_differs_under_the_same_size_and_time(run, tmp_path: Path, volume: Path) -> None:  # type: ignore[no-untyped-def]
+    there = tmp_path / "volumes" / "copy" / "_data"
+    (volume / "mail").write_text("one")
+    shutil.copytree(volume, there)
+    assert manifest(run, volume, "one") == manifest(run, there, "two")
+    (there / "mail").write_text("two")
+    os.utime(there / "mail", ns=((volume / "mail").stat().st_atime_ns, (volume / "mail").stat().st_mtime_ns))
+    os.utime(there, ns=(volume.stat().st_atime_ns, volume.stat().st_mtime_ns))
+    assert manifest(run, volume, "one") != manifest(run, there, "two")
+
+
+def test_measuring(run, volume: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (volume / "x").write_bytes(b"x" * 100_000)
+    size, files, free, inodes = map(int, run("measure", volume).stdout.split())
+    assert size >= 100_000 and files == 2 and free > 0 and inodes >= 0
+    assert run("measure", tmp_path / "not" / "there").stdout.split()[:2] == ["0", "0"]
