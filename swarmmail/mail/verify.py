@@ -174,7 +174,11 @@ def _plan(fleet: Fleet, hosts: Hosts) -> Plan:
     roles = _roles(inventory)
     ends = [end for one in found.values() for end in one.ends]
     ends.sort(key=lambda end: (roles.get(end.service, "") != "mta", end.service, end.host))
-    pairs = tuple((a, b) for a in ends for b in ends if a is not b)
+    # what MTA and edge have to say, they say to the MDA
+    strangers = {"mta", "edge"}
+    pairs = tuple(
+        (a, b) for a in ends for b in ends if a is not b and {roles.get(a.service), roles.get(b.service)} != strangers
+    )
     options = network.get("Options") or {}
     pools = (network.get("IPAM") or {}).get("Config") or [{}]
     meshed = any(facts.mesh.config for facts in hosts.values())

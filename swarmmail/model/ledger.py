@@ -6,7 +6,7 @@ Counts as Jepsen's ``total-queue`` checker does: an acknowledged mail must come 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -104,3 +104,39 @@ class Ledger:
             recovered=len(copies.keys() & unknown),
             longest=max([0.0, *delays]),
         )
+
+
+GONE = ""
+"""State of a message that is in no folder."""
+
+
+@dataclass
+class Actions:
+    """What clients did to messages of their own (append, flag, move, expunge): an acknowledged action is kept.
+
+    A message is in one state, a text (say, folder and flags), or GONE. Several threads may fill it, each with its own
+    tokens.
+    """
+
+    possible: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """By token, the states that it may be in: one, unless an action got no answer."""
+
+    def attempt(self, token: str, state: str) -> None:
+        self.possible[token] = (*self.possible.get(token, (GONE,)), state)
+
+    def acknowledge(self, token: str, state: str) -> None:
+        self.possible[token] = (state,)
+
+    def judge(self, found: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+        """``found``: by token, the state of each copy. A line for each message that is not as it was left.
+
+        A move that got no answer may have left the message in both places (RFC 6851).
+        """
+        wrong = []
+        for token, possible in sorted(self.possible.items()):
+            states = found.get(token, ())
+            settled = len(possible) == 1
+            good = set(states or (GONE,)) <= set(possible) and not (settled and len(states) > 1)
+            if not good:
+                wrong.append(f"{token} is {' and '.join(states) or 'gone'}, was left {' or '.join(possible) or 'gone'}")
+        return (*wrong, *(f"{token} was made by nobody" for token in sorted(found.keys() - self.possible.keys())))

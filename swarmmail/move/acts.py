@@ -434,7 +434,9 @@ class HostActs:
 
         pid = self._waiting
         if not pid or not verb(self.target, "started", pid, step="serve", timeout=30, check=False).ok:
-            pid = swarm.wait_until(started, bool, STANDBY_LIMIT)  # it was started anew meanwhile
+            # it was started anew meanwhile; or a hand has taken the label
+            swarm.set_label(self.manager, self.move.target_node, self.service.place_label, PLACED)
+            pid = swarm.wait_until(started, bool, STANDBY_LIMIT)
         problem: SwarmmailError | None = None
         if not pid:
             problem = HostError("its container did not start", host=self.target.name, step="serve")
@@ -501,7 +503,7 @@ class HostActs:
             close(self.target)
             if self._marked(self.target).get("state") == STANDBY:
                 self._mark_target(STALE, STANDBY, "mark the copy")
-        except Unreachable as error:
+        except HostError as error:  # away, or its disk is full
             # its marker says standby and its label goes: without a label nothing starts there
             report.warning(f"{error}; its copy is left as it is, and can't be started")
         swarm.set_label(self.manager, self.move.target_node, self.service.place_label, None)

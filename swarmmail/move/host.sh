@@ -51,8 +51,9 @@ mark() {
         *,older,*) [ "$state" = live ] && [ "$(value . generation)" -lt $((wanted - 1)) ] || refuse "volume at $2 is marked '$state'" ;;
         *) refuse "volume at $2 is marked '$state', expected ${4#,}" ;;
     esac
-    (umask 022; printf '%s\n' "$3" >.swarmmail-volume.new)
-    sync .swarmmail-volume.new
+    # a full disk must not leave an empty one in its place
+    (umask 022; printf '%s\n' "$3" >.swarmmail-volume.new) && sync .swarmmail-volume.new ||
+        { rm -f .swarmmail-volume.new; exit 1; }
     mv .swarmmail-volume.new .swarmmail-volume
     sync .
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import imaplib
 import itertools
 import os
+import random
 import re
 import smtplib
 import subprocess
@@ -14,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from conftest import HOSTS, Project
-from mailing import container, imap, queue
+from mailing import container, imap, queue, trusting
 
-from swarmmail.model.ledger import Ledger, Verdict
+from swarmmail.model.ledger import GONE, Actions, Ledger, Verdict
 
 SUBJECT = re.compile(rb"^Subject: (\S+)", re.M | re.I)
 
@@ -94,7 +96,8 @@ class Stream:
         """Wait until the queue is empty, then count what IMAP shows; arrival times by the names of the files."""
         deadline = time.monotonic() + patience
         while queue(self.project, mta) and time.monotonic() < deadline:
-            time.sleep(0.3)
+            self.project.sh(mta, f"docker exec {container(self.project, mta, 'mail_mta')} postqueue -f", check=False)
+            time.sleep(1)
         found: list[str] = []
         for address in self.to:
             with imap(self.project, address, self.password, edge) as client:
@@ -119,6 +122,130 @@ class Stream:
         return times
 
 
+INBOX, KEPT = "INBOX", "Kept"
+FLAGGED = f"{INBOX} flagged"
+
+
+@dataclass
+class Clients:
+    """IMAP clients at the edge that append, flag, move and expunge messages of their own until they are stopped.
+
+    Half of them make a connection for each message, half keep theirs as long as it lasts.
+    """
+
+    project: Project
+    to: Sequence[str]
+    """Accounts that only these clients read."""
+    password: str
+    count: int = int(os.environ.get("SWARMMAIL_CLIENTS", "6"))
+    edge: str = "host1"
+    actions: Actions = field(default_factory=Actions)
+    failed: list[str] = field(default_factory=list)
+    """Connections that did not come to a login, with why."""
+    cut: list[str] = field(default_factory=list)
+    """Sessions that ended without a BYE."""
+    logins: int = 0
+    byes: int = 0
+    longest: float = 0.0
+    """Seconds from the connection to the login, the longest."""
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def __enter__(self) -> Clients:
+        self._address, self._context = self.project.address(self.edge), trusting(self.project)
+        for address in self.to:
+            with imap(self.project, address, self.password, self.edge) as client:
+                client.create(KEPT)
+        for worker in range(self.count):
+            thread = threading.Thread(target=self._work, args=(worker,), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(90)
+
+    def _work(self, worker: int) -> None:
+        rng, keeps = random.Random(worker), worker % 2  # noqa: S311
+        client: imaplib.IMAP4 | None = None
+        for number in itertools.count():
+            if self._stop.wait(rng.uniform(0.05, 0.4)):
+                break
+            client = client or self._login(self.to[worker % len(self.to)])
+            if client is None:
+                continue
+            try:
+                self._one(client, f"c{worker}-{number}", rng)
+                if not keeps:
+                    client.logout()
+                    client = None
+            except (imaplib.IMAP4.error, OSError) as error:
+                if client.untagged_responses.get("BYE") or "BYE" in str(error):
+                    self.byes += 1
+                else:
+                    self.cut.append(f"{time.time():.2f} {error!r}")
+                client = None
+        with contextlib.suppress(Exception):
+            if client is not None:
+                client.logout()
+
+    def _login(self, address: str) -> imaplib.IMAP4 | None:
+        began = time.monotonic()
+        try:
+            client = imaplib.IMAP4_SSL(self._address, 993, ssl_context=self._context, timeout=60)
+            client.login(address, self.password)
+            client.select(INBOX)
+        except (imaplib.IMAP4.error, OSError) as error:
+            self.failed.append(f"{time.time():.2f} after {time.monotonic() - began:.2f} s: {error!r}")
+            return None
+        self.logins += 1
+        self.longest = max(self.longest, time.monotonic() - began)
+        return client
+
+    def _one(self, client: imaplib.IMAP4, token: str, rng: random.Random) -> None:
+        text = f"Subject: {token}\r\n\r\nx\r\n".encode()
+
+        def act(state: str, *words: str) -> None:
+            self.actions.attempt(token, state)
+            status, said = client.uid(*words) if words else client.append(INBOX, "", "", text)
+            if status != "OK":
+                raise AssertionError(f"{token}: {words}: {status} {said}")
+            self.actions.acknowledge(token, state)
+
+        act(INBOX)
+        client.noop()
+        uid = client.uid("SEARCH", f'SUBJECT "{token}"')[1][0].split()[-1].decode()
+        act(FLAGGED, "STORE", uid, "+FLAGS", r"(\Flagged)")
+        end = rng.choice((INBOX, KEPT, GONE))
+        if end == KEPT:
+            act(f"{KEPT} flagged", "MOVE", uid, KEPT)
+        elif end == GONE:
+            self.actions.attempt(token, f"{FLAGGED} deleted")
+            client.uid("STORE", uid, "+FLAGS", r"(\Deleted)")
+            act(GONE, "EXPUNGE", uid)
+
+    def judge(self) -> tuple[str, ...]:
+        """What is not as it was left."""
+        found: dict[str, list[str]] = {}
+        for address, folder in itertools.product(self.to, (INBOX, KEPT)):
+            with imap(self.project, address, self.password, self.edge) as client:
+                client.select(folder, readonly=True)
+                _, data = client.fetch("1:*", "(FLAGS BODY.PEEK[HEADER.FIELDS (SUBJECT)])")
+                for part in data:
+                    if isinstance(part, tuple) and (m := SUBJECT.search(part[1])) and m[1].startswith(b"c"):
+                        flags = [f for f in ("flagged", "deleted") if f"\\{f}".encode() in part[0].lower()]
+                        found.setdefault(m[1].decode(), []).append(" ".join([folder, *flags]))
+        return self.actions.judge(found)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.logins} IMAP logins, the longest {self.longest:.2f} s, {len(self.failed)} failed, "
+            f"{self.byes} sent away with BYE, {len(self.cut)} cut, {len(self.actions.possible)} messages"
+        )
+
+
 _LOOK = r"""
 while sleep 0.05; do
   n=0
@@ -139,32 +266,41 @@ class Watch:
     volume: str = "mail_mail"
     program: str = "dovecot"
     looks: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
-    _processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+    _processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def __enter__(self) -> Watch:
         script = _LOOK.replace("VOLUME", self.volume).replace("PROGRAM", self.program)
         for host in HOSTS:
-            process = subprocess.Popen(
+            thread = threading.Thread(target=self._look, args=(host, script), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def _look(self, host: str, script: str) -> None:
+        """Again and again: a host may be switched off and on meanwhile."""
+        while not self._ended.wait(0.2):
+            process = self._processes[host] = subprocess.Popen(
                 ["docker", "exec", "-i", self.project.container(host), "sh", "-c", script],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
             )
-            self._processes.append(process)
-            threading.Thread(target=self._read, args=(host, process), daemon=True).start()
-        return self
-
-    def _read(self, host: str, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            when, count = line.split()
-            self.looks.setdefault(host, []).append((float(when), int(count)))
+            assert process.stdout is not None
+            for line in process.stdout:
+                when, count = line.split()
+                self.looks.setdefault(host, []).append((float(when), int(count)))
+            process.wait()
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
+        self._ended.set()
+        for process in self._processes.values():
             process.kill()
         for host in HOSTS:
             self.project.sh(host, "pkill -f 'while sleep 0.05' || true", check=False)
+        for thread in self._threads:
+            thread.join(10)
 
     def spans(self) -> dict[str, list[tuple[float, float]]]:
         """For each host the times (first look, last look) during which the program was there."""

@@ -53,7 +53,7 @@ def test_the_first_deploy_ends_with_a_mail_read_back_from_another_host(fresh: Pr
         assert fresh.sh(host, f"stat -c '%U %a' {volume(fresh, host, name)}/.swarmmail-volume") == "root 644\n"
     for raw in services(fresh).values():
         image = raw["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"]
-        assert re.fullmatch(r"swarmmail/m[td]a:[0-9a-f]{12}", image), "a tag made of the content, never latest"
+        assert re.fullmatch(r"swarmmail/(mta|mda|edge):[0-9a-f]{12}", image), "a tag made of the content, never latest"
     assert accounts(fresh) == [], "the probe is tidy"
 
 
@@ -209,7 +209,7 @@ def test_a_service_that_left_the_file_is_removed_and_its_volume_stays(deployed: 
     assert container(deployed, "host2", "mail_extra")
     result = deploy(deployed, check=0)
     assert "+ remove service mail_extra (its volumes stay)" in result.stdout, str(result)
-    assert set(services(deployed)) == {"mail_mta", "mail_mda"}
+    assert set(services(deployed)) == {"mail_mta", "mail_mda", "mail_edge"}
     assert marker(deployed, "host2", "mail_extra")["service"] == "extra"
     assert running(deployed) == before
     eventually(lambda: not deployed.sh("host2", "docker ps -aq"), 20, "its container has ended")
@@ -241,7 +241,7 @@ def test_a_service_with_data_is_never_moved(deployed: Project) -> None:
             "mda",
             "environment: - MAIL_DOMAIN=evil.test",
         ),
-        ("docker service scale -d mail_mta=0", "mta", "replicas: 0 -> 1"),
+        ("docker service scale -d mail_edge=0", "edge", "replicas: 0 -> 1"),
         (
             "docker service update -d --constraint-rm 'node.labels.swarmmail.mda == true' mail_mda",
             "mda",
@@ -334,6 +334,7 @@ def test_status_as_json_and_as_a_screen(deployed: Project) -> None:
         (h, "ready", True) for h in HOSTS
     ]
     assert [(s["service"], s["host"], s["state"]) for s in state["services"]] == [
+        ("edge", "host1", "healthy"),
         ("mda", "host3", "healthy"),
         ("mta", "host1", "healthy"),
     ]
@@ -346,6 +347,6 @@ def test_status_as_json_and_as_a_screen(deployed: Project) -> None:
     assert state["encryption"]["configured"] == "wireguard" and state["encryption"]["measured"] is None
     screen = deployed.fab("status", "--inventory", MAIL, check=0).stdout
     assert (
-        screen.count("healthy") == 2 and "queue: 0 messages" in screen and "configured encryption: wireguard" in screen
+        screen.count("healthy") == 3 and "queue: 0 messages" in screen and "configured encryption: wireguard" in screen
     )
     assert "encrypted" not in screen, "nothing was measured"

@@ -324,11 +324,11 @@ def test_a_label_moved_by_hand_brings_no_empty_mailbox_to_life(deployed: Project
 
 def test_a_pruned_volume_is_never_replaced_by_an_empty_one(deployed: Project) -> None:
     address = account(deployed, "pruned")
-    deployed.sh("host1", "docker service scale -d mail_mda=0")
+    deployed.sh("host1", "docker node update --label-rm swarmmail.mda host3")
     eventually(lambda: not container(deployed, "host3", "mail_mda"), 20)
     deployed.sh("host3", "docker container prune -f; docker volume prune -af")
     assert not volume(deployed, "host3", "mail_mail")
-    deployed.sh("host1", "docker service scale -d mail_mda=1")
+    deployed.sh("host1", "docker node update --label-add swarmmail.mda=true host3")
     assert "is empty, its data is somewhere else or lost" in words_of_the_fence(deployed, "host3", "mail_mda")
     line = deploy(deployed).error("place mda: ", "there is no volume with a marker", "remove the label")
     # the operator does what the line says

@@ -89,7 +89,7 @@ def test_mail_waits_for_an_mda_that_does_not_answer(deployed: Project) -> None:
 
 def test_mail_waits_while_the_mda_is_away_and_then_arrives_once(deployed: Project) -> None:
     address = account(deployed, "berta")
-    deployed.sh("host1", "docker service scale -d mail_mda=0")
+    deployed.sh("host1", "docker node update --label-rm swarmmail.mda host3")
     eventually(lambda: not container(deployed, "host3", "mail_mda"), 30, "the MDA has stopped")
     tokens = [send(deployed, address) for _ in range(5)]
     eventually(lambda: len(queue(deployed)) == 5, 20, "all are in the queue")

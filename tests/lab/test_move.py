@@ -1,6 +1,7 @@
-"""Moves under mail: nothing lost, never two writers, and one of two good ends from wherever a run was killed.
+"""Moves under mail: nothing lost, never two writers, and one of two good ends whatever went wrong.
 
-``SWARMMAIL_KILLS`` (default 6) is the number of killed runs; ``SWARMMAIL_SEED`` repeats a sequence of them.
+``SWARMMAIL_KILLS`` (default 4) runs are killed, and in ``SWARMMAIL_FAULTS`` (default 3) something else goes wrong, drawn at
+random; ``SWARMMAIL_SEED`` repeats a sequence of them. ``tests/bench/soak.py`` draws many more.
 """
 
 from __future__ import annotations
@@ -8,81 +9,53 @@ from __future__ import annotations
 import os
 import random
 import re
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
-from conftest import HOSTS, MAIL, STACK, Project, Result, eventually
-from mailing import PASSWORD, account, arrives, container, deploy, healed, mark, marker, queue, send, variant, volume
-from stream import Stream, Watch, lmtp_probe, longest
+from conftest import HOSTS, MAIL, STACK, Project, eventually
+from mailing import PASSWORD, arrives, container, deploy, healed, mark, marker, queue, send, variant, volume
+from moving import (
+    FAULTS,
+    KILLED,
+    READER,
+    USERS,
+    accounts_for,
+    clean,
+    go_wrong,
+    has_begun,
+    labelled,
+    migrate,
+    other,
+    place,
+)
+from stream import Clients, Stream, Watch, lmtp_probe, longest
 
 from swarmmail.cluster import swarm
-from swarmmail.model import move as model
 
 pytestmark = pytest.mark.lab
 
 SEED = int(os.environ.get("SWARMMAIL_SEED", random.randrange(10**6)))  # noqa: S311
-KILLS = int(os.environ.get("SWARMMAIL_KILLS", "6"))
-NO_PROOF = {"resume": ["--no-verify"], "abort": []}
-STEPS = [step.name for step in model.steps("mda", "", "")]
-USERS = ("ann@lab.test", "bob@lab.test", "cid@lab.test")
-
-
-def place(project: Project, service: str = "mail_mda") -> str:
-    """The one host where the service's own container runs and its volume is live."""
-    name = {"mail_mda": "mail_mail", "mail_mta": "mail_queue"}[service]
-    look = f"cat /var/lib/docker/volumes/{name}/_data/.swarmmail-volume 2>/dev/null || true"
-    [host] = [h for h in HOSTS if "state=live\n" in project.sh(h, look)]
-    return host
-
-
-def other(host: str) -> str:
-    return "host2" if host == "host3" else "host3"
+KILLS = int(os.environ.get("SWARMMAIL_KILLS", "4"))
+OTHERS = int(os.environ.get("SWARMMAIL_FAULTS", "3"))
 
 
 @pytest.fixture
 def mailing(deployed: Project) -> Iterator[Project]:
-    known = deployed.fab("user.list", "--inventory", MAIL, check=0).stdout.split()
-    for user in USERS:
-        if user not in known:
-            account(deployed, user.split("@")[0])
+    accounts_for(deployed)
     yield deployed
 
 
-def migrate(project: Project, to: str, *words: str, service: str = "mda", check: int | None = None) -> Result:
-    """Without the proof of encryption at the end, which has tests of its own."""
-    given = ("--service", service, "--to", to, "--inventory", MAIL, "--no-verify", *words)
-    return project.fab("migrate", *given, timeout=240, check=check)
-
-
-def clean(project: Project) -> None:
-    """What no move may leave, wherever it ended."""
-    for host in HOSTS:
-        assert project.sh(host, "ls -d /run/swarmmail-move-* 2>/dev/null || true") == ""
-        assert project.sh(host, "grep -c swarmmail-move /root/.ssh/authorized_keys || true") == "0\n"
-        assert project.sh(host, "pgrep -a rsync || true") == ""
-    labels = [
-        node["Spec"]["Labels"]["swarmmail.host"]
-        for node in project.host("host1").docker.nodes()
-        if node["Spec"]["Labels"].get("swarmmail.mda") == "true"
-    ]
-    assert labels == [place(project)]
-    assert not [
-        c for c in project.host("host1").docker.configs() if c["Spec"]["Name"] in ("swarmmail-move", "swarmmail-lock")
-    ]
-    mta = container(project, "host1", "mail_mta")
-    assert project.sh("host1", f"docker exec {mta} postconf -h defer_transports") == "\n"
-
-
 def test_there_and_back_under_mail(mailing: Project) -> None:
-    """20 mails a second; two moves; each mail found once; deploy afterwards moves nothing."""
+    """20 mails a second, and IMAP clients; two moves. Each mail is found once and each action of a client was kept, no
+    connection failed; deploy afterwards moves nothing."""
     source = place(mailing)
     target = other(source)
     name = f"a{time.time_ns()}"
     with (
         Watch(mailing) as watch,
         lmtp_probe(mailing) as greetings,
+        Clients(mailing, [READER], PASSWORD) as clients,
         Stream(mailing, USERS, PASSWORD, name=name) as stream,
     ):
         time.sleep(2)
@@ -95,9 +68,10 @@ def test_there_and_back_under_mail(mailing: Project) -> None:
         assert "compared: " in result.stdout and "what was held has arrived" in result.stdout
     verdict = stream.judge(source)
     said = [line for line in (first.stdout + second.stdout).splitlines() if "away" in line]
-    print(f"{verdict}; LMTP gap {longest(greetings):.2f} s; {said}")
+    print(f"{verdict}; LMTP gap {longest(greetings):.2f} s; {said}; {clients}")
     assert verdict.is_clean and verdict.queued == 0 and verdict.duplicated == 0, str(verdict)
     assert verdict.acknowledged > 100
+    assert clients.judge() == () and (clients.failed, clients.cut) == ([], []) and clients.byes, str(clients)
     assert watch.overlaps() == [] and all(watch.looks[host] for host in HOSTS)
     assert {host for host, spans in watch.spans().items() if spans} == {source, target}
     clean(mailing)
@@ -121,45 +95,33 @@ def test_plan_and_check_change_nothing(mailing: Project) -> None:
     assert before == {host: mailing.sh(host, "docker volume ls -q; docker ps -aq; ls /run") for host in HOSTS}
 
 
-@pytest.mark.timeout(300 + 60 * KILLS)
-def test_killed_at_random_and_run_again(mailing: Project) -> None:
-    """SIGKILL at any moment, then the printed next command or the same one: never lost, never two writers."""
-    rng = random.Random(SEED)  # noqa: S311
-    name = f"k{time.time_ns()}"
-    ends: list[str] = []
-    with Watch(mailing) as watch, Stream(mailing, USERS, PASSWORD, name=name) as stream:
-        for _ in range(KILLS):
-            target = other(place(mailing))
-            process = mailing.start("migrate", "--service", "mda", "--to", target, "--inventory", MAIL)
-            # each step is as likely, however short it is; within it, any moment
-            step = rng.choice(("start", *STEPS[:-1]))
-            assert process.stderr is not None
-            while step != "start" and (line := process.stderr.readline()) and f" s  {step}: " not in line:
-                pass
-            time.sleep(rng.choice((0.0, rng.uniform(0, 0.2), rng.uniform(0, 2))))
-            process.send_signal(signal.SIGKILL)
-            mailing.finish(process)
-            how = rng.choice(("same", "resume", "abort"))
-            if how == "same":
-                end = migrate(mailing, target)
-            else:
-                end = mailing.fab(f"migrate.{how}", "--inventory", MAIL, *NO_PROOF[how], timeout=240)
-            if how == "abort" and end.status:
-                assert "moving back is a move" in end.errors[-1], str(end)
-                end = mailing.fab("migrate.resume", "--inventory", MAIL, "--no-verify", timeout=240)
-            assert end.status == 0, f"seed {SEED}, killed after {step}, then {how}: {end}"
-            ends.append(f"killed after {step}, {how}: {end.stdout.splitlines()[-1]}")
+def survive(project: Project, names: Sequence[str], rng: random.Random) -> None:
+    """Each fault in a move of its own, under mail: never lost, never two writers."""
+    name, ends = f"f{time.time_ns()}", []
+    with Watch(project) as watch, Stream(project, USERS, PASSWORD, name=name, rate=10) as stream:
+        for fault in names:
+            ends.append(f"{fault}: {go_wrong(project, fault, rng)}")
             print(ends[-1], flush=True)
-            clean(mailing)
-            assert mailing.fab("migrate.status", "--inventory", MAIL, check=0).stdout == "no move is under way\n"
-        time.sleep(1)
-    verdict = stream.judge(place(mailing))
+    verdict = stream.judge(place(project))
     print(f"seed {SEED}: {verdict}")
     assert verdict.is_clean and verdict.queued == 0, f"seed {SEED}: {verdict}\n" + "\n".join(ends)
     assert watch.overlaps() == [], f"seed {SEED}"
 
 
-@pytest.mark.parametrize("state", ["stale", "foreign", "unmarked", "empty"])
+@pytest.mark.timeout(300 + 60 * KILLS)
+def test_killed_at_random_and_run_again(mailing: Project) -> None:
+    """SIGKILL at any moment, then the printed next command or the same one."""
+    rng = random.Random(SEED)  # noqa: S311
+    survive(mailing, rng.choices(KILLED, k=KILLS), rng)
+
+
+@pytest.mark.timeout(300 + 120 * OTHERS)
+def test_other_faults(mailing: Project) -> None:
+    rng = random.Random(SEED)  # noqa: S311
+    survive(mailing, rng.sample(sorted(FAULTS.keys() - set(KILLED)), k=OTHERS), rng)
+
+
+@pytest.mark.parametrize("state", ["stale", "copied by hand", "foreign", "unmarked", "empty"])
 def test_a_volume_that_is_not_the_live_one_never_comes_to_life(mailing: Project, state: str) -> None:
     """A hand moves the label to a host with such a volume: its fence says why, and the mailbox stays where it is."""
     source = place(mailing)
@@ -167,7 +129,7 @@ def test_a_volume_that_is_not_the_live_one_never_comes_to_life(mailing: Project,
     if not mailing.sh(target, "docker images -q swarmmail/mda"):
         migrate(mailing, target, check=0)  # without the image the Swarm could start nothing there anyway
         source, target = target, source
-    api = mailing.host("host1").docker
+    [node] = [n for n in mailing.host("host1").docker.nodes() if n["Spec"]["Labels"]["swarmmail.host"] == target]
     path = volume(mailing, target, "mail_mail")
     if not path:
         path = mailing.host(target).docker.create_volume("mail_mail")["Mountpoint"]
@@ -180,10 +142,11 @@ def test_a_volume_that_is_not_the_live_one_never_comes_to_life(mailing: Project,
         live = volume(mailing, source, "mail_mail")
         text = mailing.sh(source, f"cat {live}/.swarmmail-volume")
         mailing.sh(target, f"cat >{path}/.swarmmail-volume <<'EOF'\n{text}EOF")
-        mark(mailing, target, "mail_mail", **({"state": "stale"} if state == "stale" else {"cluster": "another"}))
-    [node] = [n for n in api.nodes() if n["Spec"]["Labels"]["swarmmail.host"] == target]
+        changes = {"stale": {"state": "stale", "node": node["ID"]}, "foreign": {"cluster": "another"}}
+        mark(mailing, target, "mail_mail", **changes.get(state, {}))
     words = {
-        "stale": "marked 'stale'|made for node",
+        "stale": "marked 'stale'",
+        "copied by hand": "made for node",
         "foreign": "belongs to cluster 'another'",
         "unmarked": "no marker",
         "empty": "is empty",
@@ -232,30 +195,11 @@ def test_two_operators(mailing: Project) -> None:
     target = other(place(mailing))
     first = mailing.start("migrate", "--service", "mda", "--to", target, "--inventory", MAIL)
     try:
-        eventually(
-            lambda: any(c["Spec"]["Name"] == "swarmmail-move" for c in mailing.host("host1").docker.configs()),
-            60,
-            "it began",
-        )
+        eventually(lambda: has_begun(mailing), 60, "it began")
         migrate(mailing, target).error("lock", "has been at work on 'migrate")
         deploy(mailing).error("")
     finally:
         assert mailing.finish(first, 240).status == 0
-    clean(mailing)
-
-
-def test_interrupted_once_it_undoes_what_it_did(mailing: Project) -> None:
-    source = place(mailing)
-    process = mailing.start("migrate", "--service", "mda", "--to", other(source), "--inventory", MAIL)
-    eventually(
-        lambda: any(c["Spec"]["Name"] == "swarmmail-move" for c in mailing.host("host1").docker.configs()),
-        60,
-        "it began",
-    )
-    process.send_signal(signal.SIGINT)
-    result = mailing.finish(process, 120)
-    assert result.status == 130, str(result)
-    assert place(mailing) == source
     clean(mailing)
 
 
@@ -382,15 +326,6 @@ def test_a_lost_source(mailing: Project) -> None:
     # a manager that comes back may cause an election
     eventually(lambda: mailing.bootstrap(MAIL, timeout=240).status == 0, 120, "the cluster is whole again")
     time.sleep(3)
-    assert not container(mailing, target, "mail_mda") and place_by_label(mailing) == source
+    assert not container(mailing, target, "mail_mda") and labelled(mailing) == [source]
     assert f"removed {target}: volume mail_mail" in mailing.fab("migrate.purge", "--inventory", MAIL, check=0).stdout
     healed(mailing)
-
-
-def place_by_label(project: Project) -> str:
-    [host] = [
-        node["Spec"]["Labels"]["swarmmail.host"]
-        for node in project.host("host1").docker.nodes()
-        if node["Spec"]["Labels"].get("swarmmail.mda") == "true"
-    ]
-    return str(host)

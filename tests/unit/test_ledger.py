@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmmail.model.ledger import Ledger
+from swarmmail.model.ledger import GONE, Actions, Ledger
 
 FATES = {
     # what the sender heard, copies found, in a queue -> the one count that it belongs to
@@ -63,3 +63,40 @@ def test_a_token_is_used_once() -> None:
     ledger.attempt("a", 1)
     with pytest.raises(ValueError, match="sent before"):
         ledger.attempt("a", 2)
+
+
+@pytest.mark.parametrize(
+    ("answered", "copies", "good"),
+    [
+        (True, ["Kept"], True),
+        (True, ["INBOX"], False),
+        (True, [], False),
+        (True, ["Kept", "Kept"], False),
+        (False, ["Kept"], True),
+        (False, ["INBOX"], True),
+        (False, ["INBOX", "Kept"], True),
+        (False, [], False),
+        (False, ["Else"], False),
+    ],
+)
+def test_an_acknowledged_action_is_kept_and_another_may_have_been_done(
+    answered: bool, copies: list[str], good: bool
+) -> None:
+    actions = Actions()
+    actions.attempt("a", "INBOX")
+    actions.acknowledge("a", "INBOX")
+    actions.attempt("a", "Kept")
+    if answered:
+        actions.acknowledge("a", "Kept")
+    assert (actions.judge({"a": copies}) == ()) == good
+
+
+def test_a_removed_message_stays_away_and_none_comes_from_nowhere() -> None:
+    actions = Actions()
+    actions.attempt("a", "INBOX")
+    actions.acknowledge("a", "INBOX")
+    actions.attempt("a", GONE)
+    actions.acknowledge("a", GONE)
+    assert actions.judge({}) == ()
+    assert actions.judge({"a": ["INBOX"]}) == ("a is INBOX, was left gone",)
+    assert actions.judge({"b": ["INBOX"]}) == ("b was made by nobody",)

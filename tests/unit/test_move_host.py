@@ -25,9 +25,15 @@ def run(tmp_path: Path):  # type: ignore[no-untyped-def]
     text = text.removesuffix('"$@"\n') + f'keys_file() {{ echo {tmp_path}/ssh/keys; }}\n"$@"\n'
     (tmp_path / "run").mkdir()
 
-    def verb(*words: object) -> subprocess.CompletedProcess[str]:
+    def verb(*words: object, full: bool = False) -> subprocess.CompletedProcess[str]:
+        limit = "trap '' XFSZ; ulimit -f 0\n" if full else ""  # as a full disk: files are made, and stay empty
         return subprocess.run(
-            ["sh", "-s", "--", *map(str, words)], input=text, capture_output=True, text=True, timeout=30, check=False
+            ["sh", "-s", "--", *map(str, words)],
+            input=limit + text,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
         )
 
     return verb
@@ -57,6 +63,13 @@ def test_a_marker_is_written_only_over_what_is_expected(run, volume: Path) -> No
     assert run("mark", "-", volume, text("live"), ",standby,live,").returncode == 0
     assert run("mark", "-", volume, text("live"), ",nothing,").returncode == 0, "what is there already is no change"
     assert [path.name for path in volume.iterdir()] == [".swarmmail-volume"]
+
+
+def test_a_full_disk_leaves_the_marker_that_was_there(run, volume: Path) -> None:  # type: ignore[no-untyped-def]
+    before = marker("lab", "mda", 2, "node1", "standby")
+    (volume / ".swarmmail-volume").write_text(before)
+    assert run("mark", "-", volume, text("stale"), ",standby,", full=True).returncode == 1
+    assert [(path.name, path.read_text()) for path in volume.iterdir()] == [(".swarmmail-volume", before)]
 
 
 @pytest.mark.parametrize(("generation", "allowed"), [(1, True), (2, True), (3, False), (4, False)])
