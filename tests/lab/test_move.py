@@ -1,7 +1,7 @@
 """Moves under mail: nothing lost, never two writers, and one of two good ends whatever went wrong.
 
-``SWARMMAIL_KILLS`` (default 4) runs are killed, and in ``SWARMMAIL_FAULTS`` (default 3) something else goes wrong, drawn
-at random; ``SWARMMAIL_SEED`` repeats a sequence of them. ``tests/bench/soak.py`` draws many more.
+``SWARMMAIL_KILLS`` runs (default 4) are killed, in ``SWARMMAIL_FAULTS`` (default 3) something else goes wrong, drawn at
+random; ``SWARMMAIL_SEED`` repeats a sequence of them. ``tests/bench/soak.py`` draws many more.
 """
 
 from __future__ import annotations

@@ -1,0 +1,127 @@
+"""Moves of the MDA under mail and IMAP clients, in each of which something goes wrong, drawn at random.
+
+    python -m tests.bench.soak [N] [--seed SEED] [--only PART-OF-A-FAULT] [--rate 10] [--csv FILE]
+
+On three lab hosts of its own, in the checkout's virtual environment; about half a minute a run. A row for each run: its
+seed, the fault, how it ended, mails lost and unexpected, moments with two writers, actions of IMAP clients that were not
+kept, IMAP connections that failed, and the longest time without an LMTP greeting (which the fault may have caused itself).
+
+The exit status is 1 when a run had a violation. ``--seed`` of that row with N = 1 draws the same fault again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import sys
+import tempfile
+import time
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lab"))
+
+import pytest
+from conftest import MAIL, STACK, Project, temporary
+from mailing import PASSWORD, container
+from moving import FAULTS, READER, USERS, accounts_for, go_wrong, place
+from stream import Clients, Stream, Watch, lmtp_probe, longest
+
+from swarmmail import report
+
+
+@dataclass(frozen=True)
+class Row:
+    seed: int
+    fault: str
+    end: str
+    acknowledged: int
+    lost: int
+    unexpected: int
+    duplicated: int
+    overlaps: int
+    not_kept: int
+    failed: int
+    gap: float
+
+    @property
+    def is_good(self) -> bool:
+        return not (self.lost or self.unexpected or self.overlaps or self.not_kept or self.end.startswith("FAILED"))
+
+
+def one(project: Project, seed: int, only: str, rate: float) -> Row:
+    rng = random.Random(seed)  # noqa: S311
+    fault = rng.choice([name for name in FAULTS if only in name])
+    accounts_for(project)
+    with (
+        Watch(project) as watch,
+        lmtp_probe(project) as greetings,
+        Clients(project, [READER], PASSWORD, count=4) as clients,
+        Stream(project, USERS, PASSWORD, name=f"s{time.time_ns()}", rate=rate) as stream,
+    ):
+        time.sleep(1)
+        try:
+            end = go_wrong(project, fault, rng)
+        except (AssertionError, pytest.fail.Exception) as error:
+            end = f"FAILED: {error}"
+            mend(project)
+        time.sleep(1)
+    where = place(project)
+    verdict = stream.judge(where)
+    wrong = clients.judge()
+    for address in (*USERS, READER):  # else each run would take longer than the one before
+        words = f"docker exec {container(project, where, 'mail_mda')} doveadm expunge -u {address} mailbox '*' all"
+        project.sh(where, words, check=False)
+    for line in (*verdict.lost, *verdict.unexpected, *watch.overlaps(), *wrong, *clients.failed):
+        report.progress(line)
+    return Row(
+        seed,
+        fault,
+        end,
+        verdict.acknowledged,
+        len(verdict.lost),
+        len(verdict.unexpected),
+        verdict.duplicated,
+        len(watch.overlaps()),
+        len(wrong),
+        len(clients.failed),
+        round(longest(greetings), 2),
+    )
+
+
+def mend(project: Project) -> None:
+    """So that one violation does not spoil the runs after it."""
+    project.up(3)
+    for words in (("bootstrap", "--no-verify"), ("migrate.resume", "--no-verify"), ("deploy", "--no-verify")):
+        project.fab(*words, "--inventory", MAIL, timeout=300)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=int, nargs="?", default=10)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))  # noqa: S311
+    parser.add_argument("--only", default="")
+    parser.add_argument("--rate", type=float, default=10)
+    parser.add_argument("--csv", type=Path)
+    given = parser.parse_args()
+    names = [field.name for field in fields(Row)]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder, temporary(Path(folder), "soak") as project:
+        project.up(3)
+        project.inventory(MAIL, stack=STACK)
+        project.fab("bootstrap", "deploy", env={"SWARMMAIL_INVENTORY": MAIL}, timeout=600, check=0)
+        for seed in range(given.seed, given.seed + given.runs):
+            rows.append(one(project, seed, given.only, given.rate))
+            report.progress(" ".join(map(str, astuple(rows[-1]))))
+            if given.csv:
+                with given.csv.open("w", newline="") as file:
+                    csv.writer(file).writerows([names, *map(astuple, rows)])
+    report.table("", names, [tuple(map(str, (*astuple(row)[:2], row.end[:60], *astuple(row)[3:]))) for row in rows])
+    bad = sum(not row.is_good for row in rows)
+    report.result(f"soak: {len(rows)} runs, {bad} with a violation", good=not bad)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
