@@ -2,9 +2,10 @@
 
     python -m tests.bench.soak [N] [--seed SEED] [--only PART-OF-A-FAULT] [--rate 10] [--csv FILE]
 
-On three lab hosts of its own, in the checkout's virtual environment; about half a minute a run. A row for each run: its
-seed, the fault, how it ended, mails lost and unexpected, moments with two writers, actions of IMAP clients that were not
-kept, IMAP connections that failed, and the longest time without an LMTP greeting (which the fault may have caused itself).
+On three lab hosts of its own, in the checkout's virtual environment; about half a minute a run. A row for each run:
+its seed, the fault, how it ended, mails lost and unexpected, moments with two writers, actions of IMAP clients not
+kept, IMAP connections that failed, and the longest time without an LMTP greeting (which the fault may have caused
+itself).
 
 The exit status is 1 when a run had a violation. ``--seed`` of that row with N = 1 draws the same fault again.
 """
