@@ -51,7 +51,7 @@ def test_there_and_back_under_mail(mailing: Project) -> None:
     connection failed; deploy afterwards moves nothing."""
     source = place(mailing)
     target = other(source)
-    name = f"a{time.time_ns()}"
+    name, began = f"a{time.time_ns()}", time.time()
     with (
         Watch(mailing) as watch,
         lmtp_probe(mailing) as greetings,
@@ -73,12 +73,21 @@ def test_there_and_back_under_mail(mailing: Project) -> None:
     assert verdict.acknowledged > 100
     assert clients.judge() == () and (clients.failed, clients.cut) == ([], []) and clients.byes, str(clients)
     assert watch.overlaps() == [] and all(watch.looks[host] for host in HOSTS)
+    assert failed_deliveries(mailing, began) == [], "what was held waited without an attempt"
     assert {host for host, spans in watch.spans().items() if spans} == {source, target}
     clean(mailing)
     assert marker(mailing, source, "mail_mail")["state"] == "live"
     assert marker(mailing, target, "mail_mail")["state"] == "stale"
     assert deploy(mailing, check=0).stdout == "deploy: nothing to do\n"
     assert f"mda      {source}" in mailing.fab("status", "--inventory", MAIL, check=0).stdout
+
+
+def failed_deliveries(project: Project, since: float) -> list[str]:
+    """LMTP attempts that came to nothing; ``since``: seconds since the epoch."""
+    mta = container(project, "host1", "mail_mta")
+    said = project.sh("host1", f"docker logs --since {since:.3f} {mta} 2>&1").splitlines()
+    assert any("/lmtp[" in line and "status=sent" in line for line in said)
+    return [line for line in said if "/lmtp[" in line and "status=" in line and "status=sent" not in line]
 
 
 def test_a_move_to_where_it_is_already_does_nothing(mailing: Project) -> None:
