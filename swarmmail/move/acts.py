@@ -432,31 +432,32 @@ class HostActs:
                     return int(raw["State"]["Pid"])
             return 0
 
-        pid = self._waiting
-        if not pid or not verb(self.target, "started", pid, step="serve", timeout=30, check=False).ok:
-            # it was started anew meanwhile; or a hand has taken the label
-            swarm.set_label(self.manager, self.move.target_node, self.service.place_label, PLACED)
-            pid = swarm.wait_until(started, bool, STANDBY_LIMIT)
-        problem: SwarmmailError | None = None
-        if not pid:
-            problem = HostError("its container did not start", host=self.target.name, step="serve")
-        else:
+        pid, problem = self._waiting, ""
+        for once_more in (False, True):
+            if once_more:  # its container was started anew meanwhile, or a hand has taken the label
+                swarm.set_label(self.manager, self.move.target_node, self.service.place_label, PLACED)
+                pid = swarm.wait_until(started, bool, STANDBY_LIMIT)
+            elif pid and not verb(self.target, "started", pid, step="serve", timeout=30, check=False).ok:
+                pid = 0
+            if not pid:
+                problem = "its container did not start"
+                continue
             try:
                 self.hooks.answers(self.target, pid)
-                if self._stopped_at is not None:
-                    self.gap = time.monotonic() - self._stopped_at
             except Unreachable:
                 raise
             except SwarmmailError as error:
-                problem = error
-        if problem is not None:
-            raise NotServing(
-                f"{self.move.service} has its data on {self.target.name} and does not answer: {problem.what}",
-                host=self.target.name,
-                step="serve",
-                hint=f"mend it there; or move it back: fab migrate --service {self.move.service} "
-                f"--to {self.move.source}",
-            )
+                problem = error.what
+                continue
+            if self._stopped_at is not None:
+                self.gap = time.monotonic() - self._stopped_at
+            return
+        raise NotServing(
+            f"{self.move.service} has its data on {self.target.name} and does not answer: {problem}",
+            host=self.target.name,
+            step="serve",
+            hint=f"mend it there; or move it back: fab migrate --service {self.move.service} --to {self.move.source}",
+        )
 
     def release(self) -> None:
         self.hooks.release()
@@ -469,6 +470,7 @@ class HostActs:
             self._mark_source(STALE, f"{HELD},{STALE}", "mark the old copy")
             self._hold_volumes(self.source)
             close(self.source)
+        swarm.set_label(self.manager, self.move.target_node, self.service.place_label, PLACED)  # a hand may take it
         swarm.set_label(self.manager, self.move.source_node, self.service.place_label, None)
         self._drop_holder(self.target)
         if not self.move.source_is_dead:
