@@ -243,6 +243,7 @@ class Clients:
         return (
             f"{self.logins} IMAP logins, the longest {self.longest:.2f} s, {len(self.failed)} failed, "
             f"{self.byes} sent away with BYE, {len(self.cut)} cut, {len(self.actions.possible)} messages"
+            f"{''.join(self.failed[:3])}"
         )
 
 
