@@ -142,13 +142,18 @@ def _once(fleet: Fleet, keep: Path | None) -> list[Verdict]:
     report.progress(f"verify: {len(plan.pairs)} pairs, capture on {', '.join(hosts)}")
     words = _filter(fleet, facts, plan)
     processes = {host: [end.process for end in plan.ends if end.host == host] for host in hosts}
-    begun = fleet.each(lambda host: capture.start(host, words, plan.overlay, processes[host.name]), hosts)
+    begun: dict[str, State] = {}
+
+    def begin(host: Host) -> None:
+        begun[host.name] = capture.start(host, words, plan.overlay, processes[host.name])
+
     now = _Round(fleet, facts, plan, begun)
     try:
+        fleet.each(begin, hosts)
         with ThreadPoolExecutor(max_workers=min(8, len(plan.pairs))) as pool:
             spoken = dict(zip(plan.pairs, pool.map(lambda pair: _speak(now, *pair), plan.pairs), strict=True))
     finally:
-        captured = fleet.each(lambda host: capture.stop(host, begun[host.name]), hosts)
+        captured = fleet.each(lambda host: capture.stop(host, begun[host.name]), list(begun))
     letters: dict[Pair, str] = {}
     for pair in plan.pairs:
         if _is_delivery(plan, *pair) and spoken[pair].arrived:

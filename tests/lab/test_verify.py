@@ -289,6 +289,7 @@ def test_without_tcpdump_it_says_what_to_install(deployed: Project) -> None:
     deployed.sh("host3", "mv /usr/bin/tcpdump /usr/bin/tcpdump.away")
     try:
         deployed.fab("verify", "--inventory", MAIL).error("host3, capture: the host has no tcpdump", "apt-get install")
+        assert deployed.sh("host1", "pgrep -a tcpdump; ls -d /run/swarmmail-verify.* 2>/dev/null; true") == ""
     finally:
         deployed.sh("host3", "mv /usr/bin/tcpdump.away /usr/bin/tcpdump")
 
