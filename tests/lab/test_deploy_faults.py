@@ -413,6 +413,7 @@ def test_the_lock_of_another_machine_is_explained_and_never_stolen(deployed: Pro
     healed(deployed)
 
 
+@pytest.mark.timeout(1800)
 def test_a_deploy_that_is_killed_anywhere_is_finished_by_the_next(empty: Project) -> None:
     """SIGKILL, spread at random over the whole length of a deploy that has everything to do but the images."""
     length = deploy(empty, check=0).seconds
