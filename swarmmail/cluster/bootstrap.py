@@ -42,14 +42,14 @@ def observe(fleet: Fleet, strict: bool = True) -> Observed:
     """Facts of all hosts (``strict``: all must answer), and the Swarm as its first reachable manager sees it.
 
     Raises:
-        NoManager: unless (``strict``) Docker is silent on a host: to start it may be what the managers wait for.
+        NoManager: unless (``strict``) bootstrap can mend what a host lacks: that may be what the managers wait for.
     """
     fleet[model.managers(fleet.inventory)[0]].open_docker()  # most likely the one that is asked below
     facts = gather_all(fleet, strict)
     try:
         return Observed(facts, _swarm(fleet, facts))
     except NoManager:
-        if not strict or not model.silent(facts):
+        if not strict or not model.hindered(facts):
             raise
     return Observed(facts)
 
@@ -83,9 +83,9 @@ def _swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
     chosen = model.managers(fleet.inventory)
     candidates.sort(key=lambda name: name not in chosen)  # one that is to be demoted could not see that end
     failure: SwarmmailError | None = None
-    silent = model.silent(facts)
-    if silent and candidates and not any(facts[name].cluster for name in candidates):
-        # their Docker has just been asked, and found no leader in 20 s: they miss the silent ones
+    hindered = model.hindered(facts)
+    if hindered and candidates and not any(facts[name].cluster for name in candidates):
+        # their Docker has just been asked, and found no leader in 20 s: they miss the others
         failure = HostError(facts[candidates[0]].swarm_error or "no leader", host=candidates[0])
         candidates = []
     for name in candidates:
@@ -98,8 +98,8 @@ def _swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
             f"no manager answers for the Swarm ({failure.what})",
             host=failure.host,
             step="read the Swarm",
-            hint=f"Docker does not answer on {', '.join(silent)}; run: fab bootstrap"
-            if silent
+            hint="; ".join(f"{name}: {why}" for name, why in hindered.items()) + "; run: fab bootstrap"
+            if hindered
             else "without a majority of managers nothing can be changed: bring the missing ones back",
         )
     return None

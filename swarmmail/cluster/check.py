@@ -41,8 +41,9 @@ from swarmmail.model.stack import fixed_host, read
 _SCRIPT = resources.files(__package__).joinpath("check.sh").read_text()
 _AGENT = resources.files(__package__).joinpath("probe.py").read_bytes()
 STEP = "check pairs"
-TRANSFER = 7  # seconds for 1 MB; WireGuard repeats a lost handshake after 5
-LIFE = 45  # seconds: an agent whose operator is gone ends itself
+TRANSFER = 7  # seconds for 1 MB, once connected
+PATIENCE = TRANSFER + 21  # seconds for the answer: the agent tries for 17 to connect
+LIFE = 80  # seconds: an agent whose operator is gone ends itself
 
 
 def quick(inventory: Inventory, observed: Observed) -> list[Finding]:
@@ -347,7 +348,7 @@ def _transfer(all_: _Round, m: Measured, v6: bool) -> None:
                 if turn.get(name)
                 else {"do": "report", "wait": 0}
             ),
-            TRANSFER + 4,
+            PATIENCE,
         )
         for name, answer in done.items():
             ends[name] = replace(ends[name], transfers={**ends[name].transfers, **answer.get("transfers", {})})
@@ -364,7 +365,7 @@ def _running_tunnel(all_: _Round, m: Measured, names: list[str]) -> None:
             "wait": TRANSFER,
             "peers": {o: (check_pair.tunnel_address(m, o), served[o]["port"]) for o in served if o != name},
         },
-        TRANSFER + 4,
+        PATIENCE,
     )
     for name, answer in done.items():
         all_.ends[name] = replace(all_.ends[name], transfers=answer["transfers"])

@@ -44,7 +44,7 @@ SERVICE = "com.docker.swarm.service.name"
 """Docker's label on a task's container."""
 PORTS = {"mta": 25, "mda": 24}
 """Where the tasks of a role listen in the overlay: SMTP and LMTP."""
-PATIENCE = 40
+PATIENCE = 75
 """Seconds in which a service that was restarted is there again."""
 NOBODY_LISTENS = 9  # the discard service (RFC 863)
 TIMES = 12
@@ -89,7 +89,9 @@ class _Spoken:
 
 
 def run(fleet: Fleet, keep: Path | None = None) -> list[Verdict]:
-    """Verify all pairs of tasks; a host that does not answer is unknown. Empty when no two tasks are on the network.
+    """Verify all pairs of tasks; a host that does not answer, or a service that does not run, is unknown.
+
+    Empty when nothing is deployed.
 
     Args:
         keep: a folder for the packets that hold a marker in clear: the control, forgeries, and a leak if there is one.
@@ -136,19 +138,25 @@ class _Round:
 def _once(fleet: Fleet, keep: Path | None) -> list[Verdict]:
     facts = gather_all(fleet, strict=False)
     plan = _plan(fleet, facts)
+    silent = [*_silent(facts), *_absent(fleet, facts, plan)]
     if not plan.pairs:
-        return _silent(facts)
+        return silent
     hosts = sorted({end.host for end in plan.ends})
     report.progress(f"verify: {len(plan.pairs)} pairs, capture on {', '.join(hosts)}")
     words = _filter(fleet, facts, plan)
     processes = {host: [end.process for end in plan.ends if end.host == host] for host in hosts}
-    begun = fleet.each(lambda host: capture.start(host, words, plan.overlay, processes[host.name]), hosts)
+    begun: dict[str, State] = {}
+
+    def begin(host: Host) -> None:
+        begun[host.name] = capture.start(host, words, plan.overlay, processes[host.name])
+
     now = _Round(fleet, facts, plan, begun)
     try:
+        fleet.each(begin, hosts)
         with ThreadPoolExecutor(max_workers=min(8, len(plan.pairs))) as pool:
             spoken = dict(zip(plan.pairs, pool.map(lambda pair: _speak(now, *pair), plan.pairs), strict=True))
     finally:
-        captured = fleet.each(lambda host: capture.stop(host, begun[host.name]), hosts)
+        captured = fleet.each(lambda host: capture.stop(host, begun[host.name]), list(begun))
     letters: dict[Pair, str] = {}
     for pair in plan.pairs:
         if _is_delivery(plan, *pair) and spoken[pair].arrived:
@@ -160,7 +168,7 @@ def _once(fleet: Fleet, keep: Path | None) -> list[Verdict]:
     evidence = [_evidence(now, captured, pair, spoken[pair], letters.get(pair, "")) for pair in plan.pairs]
     if keep is not None:
         _keep(keep, plan, captured)
-    return [*(verdict.judge(one) for one in evidence), *_silent(facts)]
+    return [*(verdict.judge(one) for one in evidence), *silent]
 
 
 # ---- who ----
@@ -236,10 +244,34 @@ def _roles(inventory: Inventory) -> dict[str, str]:
 def _silent(hosts: Hosts) -> list[Verdict]:
     """Hosts of which nothing can be said."""
     return [
-        Verdict(name, verdict.UNKNOWN, (verdict.Cause("away", verdict.UNKNOWN, f"{name}: {why}"),), ())
+        _unknown(name, "away", f"{name}: {why}")
         for name, facts in hosts.items()
         if (why := facts.unreachable or ("" if facts.engine else "Docker does not answer"))
     ]
+
+
+def _absent(fleet: Fleet, hosts: Hosts, plan: Plan) -> list[Verdict]:
+    """Services that are deployed, and of which no task runs: of them nothing can be said either."""
+    stack_name = fleet.inventory.stack.name if fleet.inventory.stack is not None else ""
+    missing = sorted(plan.roles.keys() - {end.service for end in plan.ends})
+    manager = next((name for name, facts in hosts.items() if facts.is_manager and facts.engine), None)
+    if not missing or manager is None:
+        return []
+    try:
+        with fleet[manager].doing("read the services"):
+            seen = fleet[manager].docker.services()
+    except HostError as error:
+        return [_unknown(manager, "away", str(error))]
+    wanted = {raw["Spec"]["Name"] for raw in seen if raw["Spec"]["Mode"].get("Replicated", {}).get("Replicas") != 0}
+    return [
+        _unknown(name, "not-running", f"no task of {name} runs: nothing can be measured", "see: fab status")
+        for name in missing
+        if f"{stack_name}_{name}" in wanted
+    ]
+
+
+def _unknown(what: str, cause: str, text: str, mend: str = verdict.MEND) -> Verdict:
+    return Verdict(what, verdict.UNKNOWN, (verdict.Cause(cause, verdict.UNKNOWN, text, mend),), ())
 
 
 def _is_delivery(plan: Plan, sender: End, receiver: End) -> bool:

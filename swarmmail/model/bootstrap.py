@@ -36,6 +36,15 @@ def silent(hosts: Mapping[str, HostFacts]) -> list[str]:
     return [name for name, facts in hosts.items() if "dockerd" in facts.programs and not facts.engine]
 
 
+def hindered(hosts: Mapping[str, HostFacts]) -> dict[str, str]:
+    """Why managers may miss a host although it is up: host to reason. ``bootstrap`` mends each."""
+    found = dict.fromkeys(silent(hosts), "Docker does not answer")
+    found |= {
+        name: "the tunnel is down" for name, facts in hosts.items() if facts.mesh.config and not facts.mesh.address
+    }
+    return found
+
+
 @dataclass(frozen=True)
 class Observed:
     """Facts of every host, and the Swarm as a manager of it sees it (None: there is none yet)."""
@@ -392,9 +401,9 @@ def _membership(name: str, facts: HostFacts, design: Design) -> str:
             f"belongs to another swarm (managers {', '.join(strange)})", host=name, step="bootstrap", hint=give_up
         )
     if swarm is None and (
-        strange or (facts.is_manager and (facts.swarm == "pending" or silent(design.observed.hosts)))
+        strange or (facts.is_manager and (facts.swarm == "pending" or hindered(design.observed.hosts)))
     ):
-        return "asleep"  # a manager may miss those whose Docker is silent
+        return "asleep"
     if swarm is None and facts.is_manager:
         raise Refused(
             "is a manager of a swarm that does not answer as ours",

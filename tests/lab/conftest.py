@@ -48,11 +48,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
 
 from swarmmail import lab as labs
 from swarmmail.hosts.connection import Host
 from swarmmail.hosts.fleet import Fleet
+from swarmmail.lab import image
 from swarmmail.lab.containers import ContainerDriver
 from swarmmail.lab.naming import Naming
 from swarmmail.model import inventory as model
@@ -389,6 +391,9 @@ def place() -> Iterator[Path]:
                     Project(left).remove()
             mine = mine or folder
         assert mine is not None, f"nine sessions run in {base}"
+        with (base / "image").open("w") as one, _clearly():  # sessions that begin at once: one of them makes it
+            fcntl.flock(one, fcntl.LOCK_EX)
+            image.ensure(docker.from_env(), "host")
         yield mine
         for left in sorted(mine.iterdir()):
             Project(left).remove()

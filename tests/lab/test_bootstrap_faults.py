@@ -125,6 +125,7 @@ def test_ipsec_is_refused_where_the_kernel_has_none(fresh: Project) -> None:
 # ---- killed, and two at once ----
 
 
+@pytest.mark.timeout(1800)
 def test_killed_at_any_moment_the_second_run_completes_it(fresh: Project) -> None:
     """SIGKILL at 20 seeded moments, each from clean hosts; then one run must do the rest."""
     chance = random.Random(SEED)  # noqa: S311 - moments, not secrets

@@ -17,7 +17,7 @@ from ipaddress import ip_network
 from typing import Any
 
 import pytest
-from conftest import HOSTS, STACK, Project
+from conftest import CLUSTER, HOSTS, STACK, Project
 
 pytestmark = pytest.mark.lab
 Found = dict[str, Any]
@@ -93,6 +93,19 @@ def test_a_killed_check_leaves_nothing(fresh: Project) -> None:
     while (after := everywhere(fresh, SNAPSHOT)) != before and time.monotonic() < deadline:
         time.sleep(0.2)
     assert after == before
+
+
+def test_first_handshakes_that_are_lost_are_no_fault(clustered: Project) -> None:
+    """Two that cross may both be lost, and WireGuard waits 5 s before the next."""
+    clustered.sh(
+        "host2",
+        "nft 'add table inet lossy; add chain inet lossy in { type filter hook prerouting priority -400; }; "
+        "add rule inet lossy in udp dport 51820 drop; add rule inet lossy in udp sport 51820 drop'; "
+        "(umask 077; wg showconf swarmmail >/run/kept; wg setconf swarmmail /run/kept; rm /run/kept); "
+        "(sleep 8; nft delete table inet lossy) >/dev/null 2>&1 &",
+    )
+    found = check(clustered, CLUSTER, "--strict", status=0)
+    assert sum("1 MB by the running tunnel" in f["measured"] for f in found if f["what"] == "pair") == 6
 
 
 def test_a_table_for_people(fresh: Project) -> None:

@@ -5,6 +5,7 @@ completes."""
 from __future__ import annotations
 
 import json
+import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from mailing import (
     running,
     send,
     services,
+    undeploy,
     variant,
     versions,
     volume,
@@ -37,6 +39,8 @@ from mailing import (
 from swarmmail.cluster import lock
 
 pytestmark = pytest.mark.lab
+
+KILLS = 20
 
 
 def sentence(result: Result, *parts: str) -> None:
@@ -346,6 +350,21 @@ def test_a_pruned_volume_is_never_replaced_by_an_empty_one(deployed: Project) ->
 # ---- hosts that do not answer ----
 
 
+def test_a_host_that_is_away(deployed: Project) -> None:
+    """One without data is only noted; one with data stops deploy, before it does anything."""
+    deployed.stop("host2")
+    try:
+        result = deploy(deployed, check=0)
+        assert "deploy: nothing to do\n" in result.stdout
+        assert any("host2 does not answer" in event for event in result.events), str(result)
+        deployed.stop("host3")
+        deploy(deployed).error("(host3, ssh: |no manager answers for the Swarm)")  # host1 alone is no majority
+    finally:
+        deployed.up()
+    eventually(lambda: deployed.bootstrap(MAIL, "--plan").status == 0, 60, "the Swarm has its leader again")
+    healed(deployed)
+
+
 # ---- two operators, and runs that ended without a word ----
 
 
@@ -395,6 +414,33 @@ def test_the_lock_of_another_machine_is_explained_and_never_stolen(deployed: Pro
     assert "anna@elsewhere" in freed.stdout
     assert "anna" not in deployed.fab("lock.status", "--inventory", MAIL, check=0).stdout
     healed(deployed)
+
+
+@pytest.mark.timeout(1800)
+def test_a_deploy_that_is_killed_anywhere_is_finished_by_the_next(empty: Project) -> None:
+    """SIGKILL, spread at random over the whole length of a deploy that has everything to do but the images."""
+    length = deploy(empty, check=0).seconds
+    chance = random.Random(3)  # noqa: S311
+    for number in range(KILLS):
+        undeploy(empty)
+        after = (number + chance.random()) / KILLS * length
+        going = empty.start("deploy", "--inventory", MAIL)
+        time.sleep(after)
+        going.kill()
+        _, said = going.communicate()
+        result = deploy(empty)
+        assert result.status == 0, f"killed after {after:.2f} s, having said {said}\n{result}"
+        nothing = result.stdout == "deploy: nothing to do\n"
+        assert nothing or re.search(DONE, result.stdout, re.M), str(result)
+        if nothing:
+            empty.fab("probe", "--inventory", MAIL, check=0)
+        assert accounts_of(empty) == "", "also the probe of the killed run is tidied away"
+    healed(empty)
+
+
+def accounts_of(project: Project) -> str:
+    mda = container(project, "host3", "mail_mda")
+    return project.sh("host3", f"docker exec {mda} swarmmail-users list")
 
 
 # ---- secrets ----

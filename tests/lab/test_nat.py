@@ -175,10 +175,22 @@ def test_ipsec_is_refused_before_anything_is_done(nat: Project) -> None:
     inventory = nat.inventory(
         "ipsec", {"host1": {}, "host2": {}, "host3": {"nat": True}}, network={"encryption": "ipsec"}
     )
-    result = nat.bootstrap(inventory)
-    assert result.status != 0
-    assert [line for line in result.errors if "hosts.host3.nat" in line and "moby#37115" in line], str(result)
-    assert "write encryption auto or wireguard" in result.stderr
+    for task in ("bootstrap", "check"):
+        result = nat.fab(task, "--inventory", inventory)
+        assert result.status != 0
+        assert [line for line in result.errors if "hosts.host3.nat" in line and "moby#37115" in line], str(result)
+        assert "write encryption auto or wireguard" in result.stderr
+
+
+def test_it_is_proven_through_the_router(mail: Project) -> None:
+    """``bootstrap`` and ``deploy`` have ended with it, too: else they would have failed."""
+    found = json.loads(mail.fab("verify", "--json", "--inventory", LAB, check=0).stdout)
+    assert found["proven"]
+    assert {f"{one['pair']} {one['verdict']}" for one in found["pairs"]} >= {
+        "mta@host1 -> mda@host3 proven",
+        "mda@host3 -> mta@host1 proven",
+    }, found
+    assert mail.fab("check", "--inventory", LAB).status == 0
 
 
 def test_a_mail_crosses_and_nothing_is_left_to_do(mail: Project, alice: str) -> None:

@@ -134,6 +134,18 @@ def the_guard_is_gone(project: Project) -> None:
     project.sh("host3", "systemctl stop swarmmail-guard; nft delete table inet swarmmail")
 
 
+@situation("mail-does-not-cross")
+def the_tunnels_port_is_dropped(project: Project) -> None:
+    installed(project)
+    project.sh(
+        "host3",
+        "nft add table inet mistake; nft 'add chain inet mistake in { type filter hook input priority 0; }'; "
+        "nft add rule inet mistake in udp dport 51820 drop",
+    )
+    with smtplib.SMTP(project.address("host1"), 25, timeout=20) as smtp:
+        smtp.sendmail("bob@example.com", ["alice@example.org"], "Subject: waiting\n\nwaiting\n")
+
+
 @situation("mail-stuck-in-the-queue")
 def docker_stopped_on_the_host_of_the_mda(project: Project) -> Callable[[], None]:
     installed(project)

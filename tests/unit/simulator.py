@@ -196,7 +196,7 @@ class World:
             assert cloud is not None
             if self.has_majority(cloud):
                 return Observed(facts, self.view(cloud, name))
-        if candidates and not model.silent(facts):
+        if candidates and not model.hindered(facts):
             raise Refused("no manager answers for the Swarm", host=candidates[0])
         return Observed(facts, None)
 

@@ -265,7 +265,7 @@ def test_managers_that_miss_a_silent_docker_are_no_obstacle_to_its_start(monkeyp
     fleet = Fleet()
     monkeypatch.setattr(Fleet, "__getitem__", lambda self, name: Opening())
     assert bootstrap.observe(fleet).swarm is None  # type: ignore[arg-type]
-    with pytest.raises(bootstrap.NoManager, match="Docker does not answer on host2; run: fab bootstrap"):
+    with pytest.raises(bootstrap.NoManager, match="host2: Docker does not answer; run: fab bootstrap"):
         bootstrap.observe(fleet, strict=False)  # type: ignore[arg-type]
     facts["host2"] = members("host1")["host2"]
     with pytest.raises(bootstrap.NoManager, match="bring the missing ones back"):

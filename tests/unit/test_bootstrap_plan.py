@@ -601,6 +601,19 @@ def test_managers_whose_docker_is_stopped_are_started_also_when_no_majority_is_l
     assert len(world.clouds) == 1
 
 
+@pytest.mark.parametrize("cut", [("host2", "host3"), ("host1", "host2", "host3")])
+def test_tunnels_that_are_down_are_started_also_when_no_majority_is_left(cut: tuple[str, ...]) -> None:
+    world = clustered(encryption="wireguard")
+    for name in cut:
+        world.machines[name].link = None
+    plan = decide(world)[1]
+    assert [(step.action, step.host) for step in plan.steps] == [(Action.MESH, name) for name in cut]
+    assert not plan.is_done
+    run(world)
+    assert decide(world)[1].is_done
+    assert len(world.clouds) == 1
+
+
 def test_docker_is_started_also_where_something_else_has_to_be_installed() -> None:
     world = fresh()
     stop_docker(world, world.machines["host2"])

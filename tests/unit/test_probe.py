@@ -63,7 +63,7 @@ def test_what_is_sent_is_seen(address: str) -> None:
         }
         target = {
             "peer": "me", "address": address, "udp": [4789, 7946], "esp": True, "tcp": [[port, True], [1, False]],
-            "sizes": check_pair.sizes(1500), "mtu_port": 4789,
+            "sizes": check_pair.sizes(1500), "mtu_port": 4789, "wait": 1.5,
         }  # fmt: skip
         sent = ask(do="send", targets=[target])["sent"]["me"]
         assert sent["own"] == address and not sent["error"]
