@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -108,6 +109,7 @@ def main() -> int:
     given = parser.parse_args()
     names = [field.name for field in fields(Row)]
     rows: list[Row] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the lab goes, too
     with tempfile.TemporaryDirectory() as folder, temporary(Path(folder), "soak") as project:
         project.up(3)
         project.inventory(MAIL, stack=STACK)
