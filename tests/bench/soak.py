@@ -69,6 +69,7 @@ def one(project: Project, seed: int, only: str, rate: float) -> Row:
             end = f"FAILED: {error}"
             mend(project)
         time.sleep(1)
+    assert watch.blind() == []
     where = place(project)
     verdict = stream.judge(where)
     wrong = clients.judge()

@@ -290,11 +290,12 @@ class Watch:
             )
             assert process.stdout is not None
             for line in process.stdout:
-                when, count = line.split()
-                self.looks.setdefault(host, []).append((float(when), int(count)))
+                if m := re.fullmatch(r"(\d+\.\d+) (\d+)\n", line):  # Docker may say why it can't, on the same stream
+                    self.looks.setdefault(host, []).append((float(m[1]), int(m[2])))
             process.wait()
 
     def __exit__(self, *_: object) -> None:
+        self._until = time.time()
         self._ended.set()
         for process in self._processes.values():
             process.kill()
@@ -317,6 +318,10 @@ class Watch:
                 before = bool(count)
             found[host] = spans
         return found
+
+    def blind(self) -> list[str]:
+        """Hosts that were not watched to the end."""
+        return [host for host in HOSTS if self.looks.get(host, [(0.0, 0)])[-1][0] < self._until - 15]
 
     def overlaps(self) -> list[str]:
         """Two hosts at the same time: must be empty. One clock: the hosts are containers of one machine."""
