@@ -96,7 +96,7 @@ _EDGE = """
 exec 3<>/dev/tcp/127.0.0.1/9999
 servers=$(echo 'show servers state' >&3; cat <&3)
 words=$(echo "$servers" | while read -r _ backend _ server _; do
-    case $backend in mda_*) printf 'set server %s/%s state %s;' "$backend" "$server" "$1" ;; esac
+    case $backend/$server in mda_*/mda*) printf 'set server %s/%s state %s;' "$backend" "$server" "$1" ;; esac
 done)
 exec 3<>/dev/tcp/127.0.0.1/9999
 echo "$words" >&3
