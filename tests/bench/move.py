@@ -113,7 +113,7 @@ docker run -d --name limit --read-only -e MAIL_DOMAIN=lab.test -v limit:/srv/mai
 address=$(docker inspect -f '{{.NetworkSettings.IPAddress}}' limit)
 """
 PROBE = """
-timeout 12 bash -c 'while :; do if exec 3<>/dev/tcp/'$address'/24 && read -r -t 1 line <&3; then
+timeout 12 bash -c 'trap "" PIPE; while :; do if exec 3<>/dev/tcp/'$address'/24 && read -r -t 1 line <&3; then
 case $line in 220*) date +%s.%N ;; esac; echo QUIT >&3; exec 3>&-; fi 2>/dev/null; sleep 0.05; done' &
 sleep 3
 docker restart limit >/dev/null

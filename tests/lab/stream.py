@@ -375,6 +375,7 @@ def lmtp_probe(project: Project, mta: str = "host1") -> Iterator[list[float]]:
     """20 LMTP greetings a second, asked in the MTA's own network by name, as Postfix does; yields a list that at the
     end holds the moments (seconds) at which one was seen."""
     script = (
+        "trap '' PIPE; "  # a server that ends between greeting and QUIT must not end the probe
         "while :; do if exec 3<>/dev/tcp/mda/24 && read -r -t 1 line <&3; then "
         "case $line in 220*) date +%s.%N ;; esac; echo QUIT >&3; exec 3>&-; fi 2>/dev/null; sleep 0.05; done"
     )
@@ -405,6 +406,7 @@ def lmtp_probe(project: Project, mta: str = "host1") -> Iterator[list[float]]:
     thread.start()
     try:
         yield seen
+        assert process.poll() is None, "a probe that has ended saw no gap"
     finally:
         process.kill()
         project.sh(mta, "pkill -f 'while :; do if exec 3' || true", check=False)
