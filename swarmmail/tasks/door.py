@@ -34,6 +34,7 @@ HELP = {
     "mail": "remove the mailbox too",
     "hosts": "number of hosts",
     "bare": "number of further hosts without Docker",
+    "driver": "what makes the hosts: container, or vm",
     "images": "remove the lab's images too, which are kept as a cache",
 }
 """What an option means; the same name means the same everywhere."""

@@ -39,18 +39,22 @@ def _show(found: lab.Lab) -> None:
 
 
 @door
-def up(c: Any, hosts: str = "3", bare: str = "0", topology: str = "") -> None:
-    """Make hosts on this machine (containers of its Docker) and the inventory `lab`.
+def up(c: Any, hosts: str = "", bare: str = "0", topology: str = "", driver: str = "") -> None:
+    """Make hosts on this machine (containers of its Docker, or virtual machines) and the inventory `lab`.
 
+    --driver container (what a new lab gets): three hosts, ready in seconds, with this machine's kernel. --driver vm:
+    two hosts with kernels of their own, by QEMU, ready in a minute; needs root.
     --hosts N: host1 to hostN, with Docker. --bare N: also bare1 to bareN, without. Hosts that are there stay
     as they are, also those beyond N. --topology nat: host3 is on a network of its own, behind a router that
     translates addresses; flat (what a new lab gets): all hosts on one network. Changes on this machine:
-    containers, volumes and networks of its Docker, the folder .lab and the file inventories/lab.yml.
+    containers, volumes and networks of its Docker, or processes and a network namespace; the folder .lab and the file
+    inventories/lab.yml; for vm, a cache of about 500 MB in ~/.cache/swarmmail.
     """
-    wanted = _number("hosts", hosts), _number("bare", bare)
-    made = lab.up(project().resolve(), *wanted, topology)
+    wanted = _number("hosts", hosts) if hosts else None
+    more = _number("bare", bare)
+    made = lab.up(project().resolve(), wanted, more, topology, driver)
     _show(lab.status(made.root))
-    if len(made.machines) > sum(wanted):
+    if wanted is not None and len(made.machines) > wanted + more:
         report.result(f"{len(made.machines)} hosts stay: lab.up removes none, lab.down removes the whole lab")
     if made.changed:
         report.result(f"lab is up (changed: {', '.join(made.changed)})", good=True)
