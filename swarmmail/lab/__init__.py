@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swarmmail import report
-from swarmmail.lab import files
+from swarmmail.lab import faults, files
 from swarmmail.lab.containers import ContainerDriver
 from swarmmail.lab.driver import Access, Driver, Kind, Machine
 from swarmmail.lab.naming import INSIDE, MAX_BARE, MAX_HOSTS, TOPOLOGIES, Naming, Planned, Subnets, addresses, planned
 from swarmmail.lab.vms import VmDriver
 from swarmmail.model.errors import InputError, Locked, SwarmmailError
 
-__all__ = ["Lab", "Machine", "down", "driver_of", "status", "up"]
+__all__ = ["Lab", "Machine", "clock", "cut", "down", "driver_of", "mend", "modules", "power", "status", "up"]
 
 HOSTS: dict[Kind, int] = {"container": 3, "vm": 2}
 """The drivers, and how many hosts each makes unless told otherwise."""
@@ -36,6 +36,8 @@ class Lab:
     changed: tuple[str, ...] = ()
     router: str = ""
     """The state of the router's container; empty where there is none (topology ``flat``)."""
+    cuts: tuple[str, ...] = ()
+    """What is lost on purpose, a line each."""
 
     @property
     def subnet(self) -> str | None:
@@ -143,7 +145,13 @@ def status(root: Path) -> Lab:
     """The lab of the folder ``root`` as it is, with the memory of each host. Changes nothing."""
     root = root.resolve()
     driver = driver_of(root)
-    return Lab(root, driver.find_network(), tuple(driver.machines(memory=True)), router=driver.router())
+    return Lab(
+        root,
+        driver.find_network(),
+        tuple(driver.machines(memory=True)),
+        router=driver.router(),
+        cuts=tuple(faults.there(driver, Naming.of(root))),
+    )
 
 
 def down(root: Path, images: bool = False) -> list[str]:
@@ -156,10 +164,54 @@ def down(root: Path, images: bool = False) -> list[str]:
         return _remove(root, driver_of(root), images)
 
 
+def power(root: Path, host: str, state: str) -> list[str]:
+    """``off``: as if the plug was pulled, what was not on the disk is lost. ``on``: until SSH and Docker answer.
+    ``reset``: both. The names of the hosts that are another now."""
+    if state not in faults.POWER:
+        raise InputError([f"lab.power: found '{state}', allowed: {', '.join(faults.POWER)}"])
+    root = root.resolve()
+    with _alone(root):
+        driver = driver_of(root)
+        faults.need_hosts(driver, [host])
+        changed: list[str] = []
+        if state != "on":
+            driver.power_off(host)
+            changed = [host]
+        if state != "off":
+            subnets = driver.find_network()
+            assert subnets is not None
+            wanted = [one for one in planned(MAX_HOSTS, MAX_BARE) if one.name == host]
+            changed += _bring(root, driver, subnets, wanted, files.access(root)).changed
+        return changed
+
+
+def cut(root: Path, host: str = "", between: Sequence[str] = (), only: str = "all", one_way: bool = False) -> None:
+    """Lose what passes between two hosts, or between one and everybody, this machine included. ``one_way``: only what
+    the first of the two, or the one, sends. ``only``: of this protocol."""
+    driver = driver_of(root.resolve())
+    faults.cut(driver, Naming.of(root), faults.cuts(host, between, only, one_way))
+
+
+def mend(root: Path) -> list[str]:
+    """Take all cuts back; what they were."""
+    return faults.mend(driver_of(root.resolve()), Naming.of(root))
+
+
+def clock(root: Path, host: str, seconds: float) -> None:
+    """Set a host's clock ahead of this machine's, or behind it; 0: right again."""
+    faults.set_clock(driver_of(root.resolve()), host, seconds)
+
+
+def modules(root: Path, host: str, forbidden: Sequence[str]) -> None:
+    """Forbid a host's kernel these modules, and no others."""
+    faults.forbid(driver_of(root.resolve()), host, forbidden)
+
+
 def _remove(root: Path, driver: Driver, images: bool = False) -> list[str]:
     if files.folder(root).exists():
         files.leaving(root).touch(mode=0o600)
-    return driver.remove(images) + files.remove(root)
+    cut_back = [f"cut {one}" for one in faults.mend(driver, Naming.of(root))]
+    return cut_back + driver.remove(images) + files.remove(root)
 
 
 @contextmanager
