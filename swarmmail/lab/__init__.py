@@ -24,6 +24,8 @@ __all__ = ["Lab", "Machine", "clock", "cut", "down", "driver_of", "mend", "modul
 
 HOSTS: dict[Kind, int] = {"container": 3, "vm": 2}
 """The drivers, and how many hosts each makes unless told otherwise."""
+EMULATED = 60
+"""Seconds that an emulated host may take to let somebody in: 1 on a quiet machine, more where others work too."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def _bring(root: Path, driver: Driver, subnets: Subnets, wanted: Sequence[Planne
     lab = Lab(root, subnets, tuple(machines), tuple(changed), driver.router())
     lab.inventory.parent.mkdir(exist_ok=True)
     files.write(lab.known_hosts, files.known_hosts(machines, keys))
-    if files.write(lab.inventory, files.inventory(machines), mode=0o644):
+    text = files.inventory(machines, EMULATED if driver.kind == "vm" else None)
+    if files.write(lab.inventory, text, mode=0o644):
         lab = replace(lab, changed=(*lab.changed, "inventories/lab.yml"))
     return lab
 

@@ -108,8 +108,8 @@ def known_hosts(machines: Sequence[Machine], keys: dict[str, str]) -> str:
     return "".join(f"{machine.address} {keys[machine.name]}\n" for machine in machines)
 
 
-def inventory(machines: Sequence[Machine]) -> str:
-    """The text of ``inventories/lab.yml``.
+def inventory(machines: Sequence[Machine], connect_timeout: int | None = None) -> str:
+    """The text of ``inventories/lab.yml``. ``connect_timeout``: seconds, for hosts that are slow to answer.
 
     Of three or more hosts the first three are managers: a quorum that bears the loss of one. Of fewer, the
     first alone: two managers bear the loss of none.
@@ -122,6 +122,7 @@ def inventory(machines: Sequence[Machine]) -> str:
         "  user: root",
         "  key: ../.lab/id_ed25519",
         "  known_hosts: ../.lab/known_hosts",
+        *([f"  connect_timeout: {connect_timeout}"] if connect_timeout else []),
         "hosts:",
     ]
     for number, machine in enumerate(machines):

@@ -30,7 +30,8 @@ PROGRAMS = {
 KERNEL_WORKS = 10
 """Seconds in which a kernel boots and powers off: less than 2 by hardware. A KVM that is there, and can't run a stock
 kernel, stops without a word, or never."""
-HARDWARE, SOFTWARE = "kvm", "tcg,thread=multi"
+HARDWARE, SOFTWARE = "kvm", "tcg,thread=multi,tb-size=256"
+"""tb-size: MiB of translated code that are kept, beside the host's memory; Docker and mail need about so many."""
 
 
 @dataclass(frozen=True)
