@@ -22,6 +22,6 @@ def guarded(rules: Iterable[str], vni: int) -> bool:
 
 
 def _selects(rule: str, vni: int) -> bool:
-    """The VNI stands in the upper 24 bits of a word: xt_bpf prints that decimal, xt_u32 in hexadecimal."""
-    word = vni << 8
-    return re.search(rf"(?<![0-9a-fx])(?:{word}|{word:#x})(?![0-9a-f])", rule) is not None
+    """By xt_bpf: the program compares (21, BPF_JEQ of a constant) with the VNI. By xt_u32: with the word that has the
+    VNI in its upper 24 bits, in hexadecimal."""
+    return re.search(rf"\b21 \d+ \d+ {vni},|={vni << 8:#x}\b", rule) is not None

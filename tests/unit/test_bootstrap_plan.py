@@ -789,8 +789,8 @@ def test_rules_that_encrypt_the_overlay_are_put_back() -> None:
     observed = world.observe()
     assert observed.swarm is not None
     [overlay] = [network for network in observed.swarm.networks.values() if network.encrypted]
-    mark = '-A OUTPUT -p udp --dport 4789 -m bpf --bytecode "...,21 1 0 1048832,..." -j MARK --set-xmark 0xd0c4e3'
-    drop = '-A INPUT -p udp --dport 4789 -m bpf --bytecode "...,21 1 0 1048832,..." -m policy --pol none -j DROP'
+    mark = '-A OUTPUT -p udp --dport 4789 -m bpf --bytecode "...,21 1 0 4097,..." -j MARK --set-xmark 0xd0c4e3'
+    drop = '-A INPUT -p udp --dport 4789 -m bpf --bytecode "...,21 1 0 4097,..." -m policy --pol none -j DROP'
 
     def planned(**changes: Any) -> list[tuple[str, str]]:
         hosts = {**observed.hosts, "host2": replace(observed.hosts["host2"], **changes)}

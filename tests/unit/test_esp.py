@@ -7,8 +7,8 @@ import pytest
 from swarmmail.model import esp
 
 VNI = 4097
-# As `iptables -S` prints them (Docker 26.1, kernel 6.12): 1048832 is 4097 << 8.
-BPF = '-m bpf --bytecode "6,177 0 0 0,64 0 0 12,84 0 0 4294967040,21 1 0 1048832,6 0 0 0,6 0 0 4294967295"'
+# As `iptables -S` prints them (Docker 26.1, kernel 6.12).
+BPF = '-m bpf --bytecode "7,32 0 0 4294963252,7 0 0 0,64 0 0 4,116 0 0 8,21 1 0 4097,6 0 0 0,6 0 0 4294967295"'
 U32 = '-m u32 --u32 "0x0>>0x16&0x3c@0xc&0xffffff00=0x100100"'
 
 
@@ -17,7 +17,7 @@ def mark(match: str) -> str:
 
 
 def drop(match: str) -> str:
-    return f"-A INPUT -p udp -m udp --dport 4789 {match} -m policy --dir in --pol none -j DROP"
+    return f"-A INPUT -p udp -m policy --dir in --pol none -m udp --dport 4789 {match} -j DROP"
 
 
 @pytest.mark.parametrize("match", [BPF, U32])
@@ -32,5 +32,5 @@ def test_rules_of_a_network_are_known_by_its_vni(match: str) -> None:
 def test_one_does_not_stand_for_the_other(match: str) -> None:
     assert not esp.guarded([mark(match)], VNI)
     assert not esp.marked([drop(match)], VNI)
-    assert not esp.guarded([drop(match).replace(" -m policy --dir in --pol none", "")], VNI)
+    assert not esp.guarded([drop(match).replace("-m policy --dir in --pol none ", "")], VNI)
     assert not esp.marked([], VNI)
