@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from conftest import Project, Result, eventually, temporary
 from mailing import account, arrives, imap, send
+from test_runbooks import execute
 
 from swarmmail.lab.naming import Naming
 
@@ -182,11 +183,20 @@ def test_a_mark_that_is_gone_on_one_host_is_a_leak(mail: Project) -> None:
     assert "mark-missing" in one["names"], one
 
 
+def test_rules_that_are_gone_on_both_hosts_are_a_leak_that_nobody_feels(mail: Project) -> None:
+    """Executes ``docs/runbooks/firewall-was-reloaded.md``, with the mend."""
+    for host in ("host1", "host2"):
+        mail.sh(host, "iptables -t mangle -F OUTPUT; iptables -F INPUT")
+    arrives(mail, "alice@lab.test", PASSWORD, send(mail, "alice@lab.test"), host="host2", seconds=120)
+    execute(mail, "firewall-was-reloaded", timeout=SLOW, SWARMMAIL_INVENTORY=INVENTORY)
+
+
 # ---- lost power ----
 
 
 def test_no_accepted_mail_is_lost_with_the_power(mail: Project) -> None:
-    """First the MDA's host, while mail arrives; then the other one, the manager and the MTA's, with what it queued."""
+    """First the MDA's host, while mail arrives; then the other one, the manager and the MTA's, with what it queued.
+    Afterwards executes ``docs/runbooks/host-lost-power.md``."""
     sender = Sender(mail)
     try:
         eventually(lambda: len(sender.accepted) >= 5, 120, "five mails are accepted")
@@ -208,6 +218,7 @@ def test_no_accepted_mail_is_lost_with_the_power(mail: Project) -> None:
         return False
 
     eventually(delivered, 600, f"all of {len(sender.accepted)} mails are in the mailbox, missing: {missing}")
+    execute(mail, "host-lost-power", timeout=SLOW, SWARMMAIL_INVENTORY=INVENTORY)
 
 
 class Sender:
