@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import Project, Result, eventually, temporary
-from mailing import account, arrives, imap, send
+from mailing import PASSWORD, account, arrives, imap, send
 from test_runbooks import execute
 
 from swarmmail.lab.naming import Naming
@@ -31,7 +31,6 @@ INVENTORY = "lab"
 SLOW = 900
 """Seconds for a command: a deadline for what hangs, not what it should take."""
 DELIVERY, RETURN = "mta@host1 -> mda@host2", "mda@host2 -> mta@host1"
-PASSWORD = "a secret of the tests"
 
 
 def fab(project: Project, *words: str, **options: Any) -> Result:
