@@ -28,13 +28,14 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
 
 INVENTORY = "lab"
 """The inventory that ``lab.up`` wrote: host1 is the manager and has the MTA, host2 the MDA; encryption: auto."""
+ENVIRONMENT = {"SWARMMAIL_INVENTORY": INVENTORY, "SWARMMAIL_PATIENCE": "10"}
 SLOW = 900
 """Seconds for a command: a deadline for what hangs, not what it should take."""
 DELIVERY, RETURN = "mta@host1 -> mda@host2", "mda@host2 -> mta@host1"
 
 
 def fab(project: Project, *words: str, **options: Any) -> Result:
-    return project.fab(*words, env={"SWARMMAIL_INVENTORY": INVENTORY}, timeout=SLOW, **options)
+    return project.fab(*words, env=ENVIRONMENT, timeout=SLOW, **options)
 
 
 def verify(project: Project) -> dict[str, dict[str, Any]]:
@@ -95,7 +96,7 @@ def test_check_finds_a_kernel_without(case: str, hosts: Project, only_ipsec: str
     for host, (modules, _) in WITHOUT[case].items():
         fab(hosts, "lab.module", "--host", host, "--forbid", modules, check=0)
     try:
-        result = hosts.fab("check", "--json", "--inventory", only_ipsec, timeout=SLOW, check=2)
+        result = fab(hosts, "check", "--json", "--inventory", only_ipsec, check=2)
         for host, (_, text) in WITHOUT[case].items():
             assert any(
                 (one["where"], one["level"]) == (host, "error") and text in one["measured"] for one in findings(result)
@@ -187,7 +188,7 @@ def test_rules_that_are_gone_on_both_hosts_are_a_leak_that_nobody_feels(mail: Pr
     for host in ("host1", "host2"):
         mail.sh(host, "iptables -t mangle -F OUTPUT; iptables -F INPUT")
     arrives(mail, "alice@lab.test", PASSWORD, send(mail, "alice@lab.test"), host="host2", seconds=120)
-    execute(mail, "firewall-was-reloaded", timeout=SLOW, SWARMMAIL_INVENTORY=INVENTORY)
+    execute(mail, "firewall-was-reloaded", timeout=SLOW, **ENVIRONMENT)
 
 
 # ---- lost power ----
@@ -217,7 +218,7 @@ def test_no_accepted_mail_is_lost_with_the_power(mail: Project) -> None:
         return False
 
     eventually(delivered, 600, f"all of {len(sender.accepted)} mails are in the mailbox, missing: {missing}")
-    execute(mail, "host-lost-power", timeout=SLOW, SWARMMAIL_INVENTORY=INVENTORY)
+    execute(mail, "host-lost-power", timeout=SLOW, **ENVIRONMENT)
 
 
 class Sender:
