@@ -108,9 +108,11 @@ class VmDriver:
         if topology == "nat":
             raise InputError(["--topology nat: not with virtual hosts (--driver container has it)"])
         vmimage.need_programs()
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = self.find_network()
         if found is None:
+            self.remove()  # what runs of a lab whose folder was taken away can't be used any more
+            self.home.mkdir(mode=0o700, exist_ok=True)
+            self.folder.mkdir(mode=0o700)
             table = Path("/proc/net/route").read_text()
             taken = [network for _, network in routes(table) if network.prefixlen]
             found = Subnets(next(self.naming.subnets(taken)))

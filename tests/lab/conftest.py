@@ -238,11 +238,13 @@ class Project:
 
         ``hosts``: names, of which the first ``managers`` become managers; or a mapping from name to what differs.
         """
-        known = {machine.name: machine.address for machine in self.machines}
+        driver = self.driver
+        known = {machine.name: machine.address for machine in driver.machines()}
+        slow = {"connect_timeout": 60} if driver.kind == "vm" else {}
         differing = hosts if isinstance(hosts, Mapping) else {host: {} for host in hosts}
         content: dict[str, Any] = {
             "cluster": "test",
-            "ssh": {"user": "root", "key": "../.lab/id_ed25519", "known_hosts": "../.lab/known_hosts"},
+            "ssh": {"user": "root", "key": "../.lab/id_ed25519", "known_hosts": "../.lab/known_hosts", **slow},
             "hosts": {
                 host: {"address": known.get(host), "role": "manager" if i < managers else "worker", **different}
                 for i, (host, different) in enumerate(differing.items())
@@ -291,7 +293,7 @@ class Project:
     def sh(self, host: str, script: str, *, check: bool = True, timeout: float = 60) -> str:
         """Run a script as root on a host, past SSH (a virtual one: by SSH); what it wrote on both streams."""
         if self.driver.kind == "vm":
-            ran = self.host(host).run("sh -s", stdin=script + "\n", timeout=timeout, check=False)
+            ran = self.host(host).run("sh -s", stdin=script + "\n", timeout=10 * timeout, check=False)
             assert ran.ok or not check, f"{host}: {script}\n{ran.stdout}{ran.stderr}"
             return ran.stdout + ran.stderr
         done = self._docker("exec", "-i", self.container(host), "sh", "-s", stdin=script + "\n", timeout=timeout)
