@@ -7,7 +7,7 @@ import os
 
 def _factor(text: str) -> float:
     try:
-        return max(1.0, min(100.0, float(text)))
+        return max(1.0, min(float(text), 100.0))  # in this order, not-a-number counts as 1
     except ValueError:
         return 1.0
 
