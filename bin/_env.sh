@@ -6,9 +6,10 @@ cd "$root"
 
 say() { printf '%s\n' "$*" >&2; }
 
+# Arguments: further ones, each as PROGRAM:PACKAGE.
 need_packages() {
     missing=
-    for pair in dockerd:docker.io iptables:iptables mmdebstrap:mmdebstrap tcpdump:tcpdump ssh-keyscan:openssh-client; do
+    for pair in dockerd:docker.io iptables:iptables mmdebstrap:mmdebstrap tcpdump:tcpdump ssh-keyscan:openssh-client "$@"; do
         command -v "${pair%%:*}" >/dev/null || [ -x "/usr/sbin/${pair%%:*}" ] || missing="$missing ${pair#*:}"
     done
     python3 -c 'import venv, ensurepip' 2>/dev/null || missing="$missing python3-venv"

@@ -21,13 +21,14 @@ from swarmmail.model.errors import HostError, Refused, SwarmmailError
 from swarmmail.model.facts import HostFacts
 from swarmmail.model.findings import Level
 from swarmmail.model.inventory import Inventory
+from swarmmail.model.patience import patient
 from swarmmail.model.plan import Action, Plan, Step
 from swarmmail.model.swarm import Swarm
 
 _ALARM = "CLEAR TEXT"
 ROUNDS = 4
 """Plans carried out in one run: the last one must find nothing to do."""
-SETTLE = 75  # seconds that nodes may take to become Ready: after a change of leader each has to report anew
+SETTLE = patient(75)  # seconds that nodes may take to become Ready: after a change of leader each has to report anew
 QUIET = 5
 """Seconds in which what heals by itself mostly has: only then it is said, and everything is looked at anew."""
 _IN_DOCKER = frozenset(set(Action) - {Action.INSTALL, Action.MESH, Action.START, Action.LEAVE})
@@ -214,7 +215,7 @@ def _wait(fleet: Fleet, before: _Found) -> _Found:
         return found
     if found[2].is_empty:
         for wait in found[2].waits:
-            report.warning(f"{wait}; waiting for up to {SETTLE} s")
+            report.warning(f"{wait}; waiting for up to {SETTLE:g} s")
     return swarm.wait_until(whole, over, SETTLE)
 
 

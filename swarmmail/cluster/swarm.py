@@ -13,11 +13,12 @@ from swarmmail.hosts.connection import Host
 from swarmmail.model import facts
 from swarmmail.model.bootstrap import GOSSIP_PORT
 from swarmmail.model.errors import HostError
+from swarmmail.model.patience import patient
 from swarmmail.model.swarm import CLUSTER_LABEL, HOST_LABEL, Network, Node, Swarm
 
 T = TypeVar("T")
 PORT = 2377
-JOIN_TIMEOUT = 45  # seconds
+JOIN_TIMEOUT = patient(45)  # seconds
 DOCUMENTED_CERTIFICATE_LIFE = 90 * 24 * 3600  # Docker's default, kept
 
 

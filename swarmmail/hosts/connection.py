@@ -31,6 +31,7 @@ import tenacity
 from paramiko.ssh_exception import NoValidConnectionsError
 
 from swarmmail.model.errors import Deadline, HostError, SwarmmailError, Unreachable
+from swarmmail.model.patience import patient
 
 if TYPE_CHECKING:
     import docker
@@ -257,9 +258,11 @@ class Host:
             command: for ``sh``; it is visible in the host's process list, so it never holds a secret.
             stdin: sent to the command's standard input; secrets go here.
             step: what this is, for error messages.
-            timeout: seconds; then the command is killed at the host and ``Deadline`` raised.
+            timeout: seconds, times the operator's patience; then the command is killed at the host and ``Deadline``
+                raised.
             check: raise ``HostError`` when the exit status is not 0.
         """
+        timeout = patient(timeout)
         prefix, password = self.as_root() if root else ("", b"")
         data = password + (stdin.encode() if isinstance(stdin, str) else stdin)
         wrapped = f"{prefix}timeout -k 5 {timeout:g} sh -c {shlex.quote(command)}"

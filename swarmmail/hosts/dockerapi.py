@@ -12,12 +12,14 @@ import docker
 from docker.transport.basehttpadapter import BaseHTTPAdapter
 from docker.transport.sshconn import SSHConnection, SSHConnectionPool
 
+from swarmmail.model.patience import patient
+
 if TYPE_CHECKING:
     from swarmmail.hosts.connection import Host
 
 SESSIONS = 3
 """API requests under way at once on one host (see ``connection.SESSIONS_FOR_COMMANDS``)."""
-TIMEOUT = 60  # seconds without a byte
+TIMEOUT = patient(60)  # seconds without a byte
 
 
 class _Connection(SSHConnection):  # type: ignore[misc]

@@ -28,7 +28,7 @@ from tenacity import (
 
 from swarmmail import report
 from swarmmail.lab import image, rights
-from swarmmail.lab.driver import Access, Machine
+from swarmmail.lab.driver import Access, Kind, Machine
 from swarmmail.lab.naming import TOPOLOGIES, Naming, Planned, Subnets, Topology, Variant, routes
 from swarmmail.model.errors import SwarmmailError
 
@@ -60,6 +60,8 @@ S = TypeVar("S")
 
 class ContainerDriver:
     """The lab of one folder. Raises SwarmmailError when there is no Docker on this machine."""
+
+    kind: Kind = "container"
 
     def __init__(self, naming: Naming) -> None:
         self.naming = naming
@@ -482,6 +484,13 @@ class ContainerDriver:
             return f"(no log: {error})"
 
     # --- the end ---
+
+    def enter(self) -> list[str]:
+        return []
+
+    def power_off(self, host: str) -> None:
+        with contextlib.suppress(APIError):  # 409: it is off
+            self.client.api.kill(self.naming.container(host))
 
     def remove(self, images: bool = False) -> list[str]:
         label = {"label": f"{_LAB}={self.naming.id}"}

@@ -1,4 +1,4 @@
-"""What a lab needs from whatever makes its machines: containers today, virtual machines later.
+"""What a lab needs from whatever makes its machines: containers, or virtual machines.
 
 A driver makes, shows and removes machines. It knows nothing of inventories, keys on disk or certificates, and
 nothing above it knows how the machines came to be: they are reached by SSH like any other host.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from swarmmail.lab.naming import Planned, Subnets, Topology, Variant
+
+Kind = Literal["container", "vm"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Machine:
 class Driver(Protocol):
     """Raises SwarmmailError (host, step, last journal lines) when a machine does not come up."""
 
+    kind: Kind
+
+    def enter(self) -> list[str]:
+        """The words before a command of this machine that shall see the lab's bridge; none where it sees it anyway."""
+
     def network(self, topology: Topology | None) -> Subnets:
         """Make what is missing of the lab's networks. ``topology`` None: what is there, else ``flat``.
 
@@ -59,6 +66,9 @@ class Driver(Protocol):
 
     def host_keys(self, names: Sequence[str]) -> dict[str, str]:
         """Each machine's SSH host key as "type base64", asked of the machine itself, not of the network."""
+
+    def power_off(self, host: str) -> None:
+        """As if the plug was pulled; ``ensure`` starts it again. What is off stays off."""
 
     def remove(self, images: bool = False) -> list[str]:
         """Remove every trace, also of half-made machines. What was removed, a line each."""

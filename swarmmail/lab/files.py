@@ -49,24 +49,28 @@ def access(root: Path) -> Access:
 
     The key is written last: as long as it is missing nobody has been let in with the password beside it.
     """
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
     home = folder(root)
     home.mkdir(mode=0o700, exist_ok=True)
     private, public, password = home / "id_ed25519", home / "id_ed25519.pub", home / "sudo_password"
     if not (private.exists() and public.exists() and password.exists()):
-        key = Ed25519PrivateKey.generate()
-        line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        secret, line = key_pair()
         write(password, secrets.token_urlsafe(12) + "\n")
-        write(public, line.decode() + " swarmmail-lab\n")
-        write(
-            private,
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-            ),
-        )
+        write(public, f"{line} swarmmail-lab\n")
+        write(private, secret)
     return Access(public.read_text().strip(), password.read_text().strip())
+
+
+def key_pair() -> tuple[bytes, str]:
+    """A new SSH key: the private half as OpenSSH writes it, the public one as "type base64"."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    return private, line.decode()
 
 
 def certificates(root: Path, addresses: Sequence[str]) -> None:
@@ -104,8 +108,8 @@ def known_hosts(machines: Sequence[Machine], keys: dict[str, str]) -> str:
     return "".join(f"{machine.address} {keys[machine.name]}\n" for machine in machines)
 
 
-def inventory(machines: Sequence[Machine]) -> str:
-    """The text of ``inventories/lab.yml``.
+def inventory(machines: Sequence[Machine], connect_timeout: int | None = None) -> str:
+    """The text of ``inventories/lab.yml``. ``connect_timeout``: seconds, for hosts that are slow to answer.
 
     Of three or more hosts the first three are managers: a quorum that bears the loss of one. Of fewer, the
     first alone: two managers bear the loss of none.
@@ -118,6 +122,7 @@ def inventory(machines: Sequence[Machine]) -> str:
         "  user: root",
         "  key: ../.lab/id_ed25519",
         "  known_hosts: ../.lab/known_hosts",
+        *([f"  connect_timeout: {connect_timeout}"] if connect_timeout else []),
         "hosts:",
     ]
     for number, machine in enumerate(machines):

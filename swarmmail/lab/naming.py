@@ -89,6 +89,11 @@ class Naming:
         return f"sm-{self.id}"
 
     @property
+    def uplink(self) -> str:
+        """The device by which this machine reaches virtual hosts, whose bridge is in a namespace of its own."""
+        return f"{self.bridge}-up"
+
+    @property
     def inner_network(self) -> str:
         return f"{self.network}-inner"
 

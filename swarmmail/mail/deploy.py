@@ -30,13 +30,14 @@ from swarmmail.model.bootstrap import Observed, silent
 from swarmmail.model.errors import Deadline, HostError, InputError, Refused, Unreachable
 from swarmmail.model.inventory import Inventory
 from swarmmail.model.move import JOURNAL
+from swarmmail.model.patience import patient
 from swarmmail.model.placement import LIVE, Place, place
 from swarmmail.model.stack import Filling, Service, StackFile, fixed_host
 from swarmmail.model.swarm import PLACED
 
 STACK_OBJECT = "swarmmail.stack"
 """Label on configs and secrets that we made: the stack they belong to."""
-START_LIMIT = 120  # seconds for all tasks to run and be healthy
+START_LIMIT = patient(120)  # seconds for all tasks to run and be healthy
 SETTLES = 5
 """Seconds within which the Swarm acts on a constraint that does not hold any more, or on a node that came back."""
 FAILED = ("failed", "rejected")
@@ -588,7 +589,9 @@ def _wait(fleet: Fleet, stack: StackFile, plan: Plan, before: frozenset[str] | N
         if time.monotonic() > deadline:
             waiting = ", ".join(f"{name}: {what}" for name, what in missing.items() if what)
             raise Deadline(
-                f"not running after {START_LIMIT} s: {waiting}", step="deploy", hint="see: fab status; then fab deploy"
+                f"not running after {START_LIMIT:g} s: {waiting}",
+                step="deploy",
+                hint="see: fab status; then fab deploy",
             )
         time.sleep(pause)
         pause = min(0.5, pause * 1.5)

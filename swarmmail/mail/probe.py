@@ -24,14 +24,15 @@ from swarmmail.mail.accounts import Accounts
 from swarmmail.mail.services import Container
 from swarmmail.model.errors import HostError, InputError, SwarmmailError
 from swarmmail.model.inventory import Inventory
+from swarmmail.model.patience import patient
 from swarmmail.model.stack import StackFile
 
 USER = "swarmmail-probe"
-LIMIT = 30  # seconds from 250 to the mailbox
+LIMIT = patient(30)  # seconds from 250 to the mailbox
 AGAIN = 5  # seconds
 HELO = "probe.swarmmail.invalid"
 T = TypeVar("T")
-TIMEOUT = 15  # seconds for one answer
+TIMEOUT = patient(15)  # seconds for one answer
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _send_and_read(
                 client.logout()
         except tenacity.RetryError:
             raise SwarmmailError(
-                f"mail accepted by {mta.name} was not in the mailbox after {LIMIT} s",
+                f"mail accepted by {mta.name} was not in the mailbox after {LIMIT:g} s",
                 host=mda.name,
                 step="probe",
                 hint="see docs/runbooks/mail-stuck-in-the-queue.md",

@@ -31,6 +31,7 @@ from swarmmail.model.errors import HostError, SwarmmailError
 from swarmmail.model.facts import HostFacts
 from swarmmail.model.inventory import Inventory
 from swarmmail.model.network import DATA_PORT, MESH
+from swarmmail.model.patience import patient
 from swarmmail.wire import capture, judge, verdict
 from swarmmail.wire.capture import Captured
 from swarmmail.wire.judge import Question
@@ -44,7 +45,7 @@ SERVICE = "com.docker.swarm.service.name"
 """Docker's label on a task's container."""
 PORTS = {"mta": 25, "mda": 24}
 """Where the tasks of a role listen in the overlay: SMTP and LMTP."""
-PATIENCE = 75
+PATIENCE = patient(75)
 """Seconds in which a service that was restarted is there again."""
 NOBODY_LISTENS = 9  # the discard service (RFC 863)
 TIMES = 12

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from ipaddress import IPv4Network
 
+from swarmmail.model import esp
 from swarmmail.model import mesh as mesh_model
 from swarmmail.model import network as net
 from swarmmail.model.errors import Refused
@@ -321,7 +322,22 @@ def _running(name: str, facts: HostFacts, design: Design) -> list[Step]:
             step="bootstrap",
             hint='remove "live-restore" there and restart Docker',
         )
+    if _in_clear(facts, design):
+        # Docker makes them when a network gets its first task here, and never looks again.
+        overlay = design.inventory.network.name
+        return [Step(Action.START, name, f"restart Docker: its rules that encrypt {overlay} are gone")]
     return []
+
+
+def _in_clear(facts: HostFacts, design: Design) -> bool:
+    """Whether rules of Docker's own encryption lack on a host that has tasks on the overlay: a firewall's reload or a
+    flush takes them away, and everything goes on, in clear text."""
+    swarm = design.observed.swarm
+    overlay = swarm.networks.get(design.inventory.network.name) if swarm is not None else None
+    if overlay is None or not overlay.encrypted or overlay.id[:10] not in facts.overlays:
+        return False
+    vni = facts.overlays[overlay.id[:10]]
+    return not (esp.marked(facts.esp_rules, vni) and esp.guarded(facts.esp_rules, vni))
 
 
 def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:

@@ -86,6 +86,10 @@ class HostFacts:
     mesh: Mesh = Mesh()
     units: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Unit to (active state, enabled state)."""
+    overlays: Mapping[str, int] = field(default_factory=dict)
+    """The overlays that the host has tasks on: the first ten characters of the network's id, to its VNI."""
+    esp_rules: tuple[str, ...] = ()
+    """The iptables rules among which are those of Docker's own encryption."""
     listening: frozenset[int] = frozenset()
     """TCP ports that something listens on, other than on loopback only."""
     markers: tuple[Marker, ...] = ()
@@ -139,6 +143,8 @@ def parse(name: str, text: str) -> HostFacts:
             files={words[1]: words[0] for line in lines("files") if len(words := line.split(None, 1)) == 2},
         ),
         units=_units(sections.get("units", "")),
+        overlays={p[0]: int(p[1]) for line in lines("overlays") if len(p := line.split()) == 2 and p[1].isdecimal()},
+        esp_rules=tuple(line for line in lines("esp-rules") if line.startswith("-A")),
         listening=frozenset(_ports(lines("listening"))),
         markers=tuple(_markers(sections.get("volumes", ""))),
     )

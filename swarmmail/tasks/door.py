@@ -42,7 +42,15 @@ HELP = {
     "address": "mail address of the account",
     "mail": "remove the mailbox too",
     "hosts": "number of hosts",
+    "host": "a host of the lab",
+    "between": "two hosts of the lab, as in host1,host2",
+    "only": "packets that are lost: all, esp, icmp, tcp, udp or vxlan",
+    "one_way": "only what the first host sends is lost",
+    "by": "how far ahead: 90s, 30m, 2h",
+    "forbid": "modules of the kernel, as in esp4,gcm",
+    "state": "off, on or reset",
     "bare": "number of further hosts without Docker",
+    "driver": "what makes the hosts: container, or vm",
     "images": "remove the lab's images too, which are kept as a cache",
 }
 """What an option means; the same name means the same everywhere."""

@@ -16,10 +16,11 @@ from swarmmail.hosts.connection import Host
 from swarmmail.model import printed
 from swarmmail.model.errors import HostError
 from swarmmail.model.network import MESH
+from swarmmail.model.patience import patient
 from swarmmail.wire import state
 from swarmmail.wire.state import State
 
-LIMIT = 60
+LIMIT = patient(60)
 """Seconds after which a capture ends by itself, when nobody ends it."""
 _SCRIPT = resources.files(__package__).joinpath("capture.sh").read_text().replace("@LINK@", MESH)
 _AGENT = resources.files(__package__).joinpath("agent.py").read_text()
@@ -46,7 +47,7 @@ def start(host: Host, words: str, overlay: str, processes: Sequence[int]) -> Sta
         overlay: the network's id.
         processes: a process in each task's network namespace.
     """
-    arguments = " ".join(map(shlex.quote, (str(LIMIT), words, overlay[:10], *map(str, processes))))
+    arguments = " ".join(map(shlex.quote, (f"{LIMIT:g}", words, overlay[:10], *map(str, processes))))
     result = host.run("sh -s", stdin=f"{_SCRIPT}\nstart {arguments}\n", step="capture", timeout=30, check=False)
     if result.status == 69:
         raise HostError(
@@ -77,7 +78,7 @@ def stop(host: Host, begun: State) -> Captured:
 def ask(host: Host, jobs: Sequence[Mapping[str, Any]], process: int | None = None) -> list[dict[str, Any]]:
     """Let the agent do jobs (see ``agent.py``), in the network namespace of ``process`` or in the host's own."""
     enter = f"nsenter -t {process} -n " if process is not None else ""
-    script = f"{_AGENT}\nmain(json.loads({json.dumps(list(jobs))!r}))\n"
+    script = f"{_AGENT}\nTIMEOUT = {patient(4)}\nmain(json.loads({json.dumps(list(jobs))!r}))\n"
     result = host.run(f"{enter}python3 -", stdin=script, step="speak on the network", timeout=40)
     answers: list[dict[str, Any]] = json.loads(result.stdout)
     return answers

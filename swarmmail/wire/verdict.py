@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from swarmmail.model import esp
 from swarmmail.wire.state import State
 
 if TYPE_CHECKING:
@@ -207,9 +208,9 @@ def _tunnel(e: Evidence, here: End, there: End, state: State, other: State | Non
 
 
 def _esp(e: Evidence, here: End, there: End, state: State) -> Iterator[Cause]:
-    if not any(f"{e.vni << 8:#x}" in rule or f"{e.vni}" in rule for rule in state.marks):
+    if not esp.marked(state.marks, e.vni):
         yield Cause("mark-missing", BROKEN, f"the rule that sends this network through ESP is missing on {here.host}")
-    if not state.drops:
+    if not esp.guarded(state.drops, e.vni):
         yield Cause("drop-missing", BROKEN, f"the rule against VXLAN in clear is missing on {here.host}")
     if here is there:
         return

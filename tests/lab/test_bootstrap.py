@@ -81,7 +81,6 @@ def test_second_run_says_nothing_to_do_and_changes_nothing(clustered: Project) -
     assert (result.stdout, result.stderr) == ("bootstrap: nothing to do\n", "")
     assert versions(clustered) == before
     assert files == {host: clustered.sh(host, "stat -c '%n %Y %i' /etc/wireguard/* /etc/swarmmail/*") for host in HOSTS}
-    assert result.seconds < 2  # Python's start included
 
 
 @pytest.mark.parametrize("words", [("bootstrap", "--plan"), ("--dry", "bootstrap")], ids=["plan", "dry"])

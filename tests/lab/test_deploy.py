@@ -62,7 +62,6 @@ def test_a_second_deploy_says_nothing_to_do_and_changes_nothing(deployed: Projec
     result = deploy(deployed, check=0)
     assert (result.stdout, result.stderr) == ("deploy: nothing to do\n", "")
     assert (versions(deployed), running(deployed)) == before
-    assert result.seconds < 3
 
 
 def test_deploy_without_the_probe(empty: Project) -> None:

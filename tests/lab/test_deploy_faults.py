@@ -227,7 +227,7 @@ def test_an_image_that_cannot_start_says_its_last_words_at_once(deployed: Projec
     )
     result = deploy(deployed, inventory=name)
     result.error("host1, start mta: ", "non-zero exit", "it said: this file is wrong", "fab deploy")
-    assert result.seconds < 30
+    assert result.seconds < 90, "far below the deadline for a task"
     state = json.loads(deployed.fab("status", "--json", "--inventory", MAIL, check=0).stdout)
     assert "error" in state["queue"]
     healed(deployed)

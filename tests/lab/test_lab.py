@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import socket
 import stat
 import subprocess
 import sys
@@ -99,6 +101,50 @@ def test_a_host_that_reboots_itself_comes_back(other: Project) -> None:
     other.disconnect()
     assert "lab is up already, nothing changed" in other.fab("lab.up", "--hosts", "2", check=0).stdout
     assert other.host("host1").run("cat /root/before-reboot").stdout == "here\n"
+
+
+def test_cuts_take_what_they_say_and_leave_the_rest(other: Project) -> None:
+    def reaches(host: str, target: str) -> bool:
+        words = f"ping -c1 -W1 {other.address(target)} >/dev/null && echo yes"
+        return other.sh(host, words, check=False) == "yes\n"
+
+    def connects(host: str) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((other.address(host), 22), timeout=1):
+            return True
+        return False
+
+    other.fab("lab.cut", "--between", "host1,host2", "--only", "icmp", "--one-way", check=0)
+    assert not reaches("host1", "host2") and not reaches("host2", "host1")  # the way there, or the answer's
+    assert (
+        other.sh("host1", f"python3 -c 'import socket; socket.create_connection((\"{other.address('host2')}\", 22))'")
+        == ""
+    )
+    assert "cut: host1 to host2: icmp" in other.fab("lab.status", check=0).stdout
+    assert "mended: host1 to host2: icmp" in other.fab("lab.mend", check=0).stdout
+    assert reaches("host1", "host2")
+    other.fab("lab.cut", "--host", "host2", check=0)
+    assert not reaches("host1", "host2") and not connects("host2") and connects("host1")
+    other.fab("lab.mend", check=0)
+    assert reaches("host1", "host2") and connects("host2")
+    assert other.fab("lab.mend", check=0).stdout == "nothing was cut\n"
+
+
+def test_what_container_hosts_do_not_have_is_said(other: Project) -> None:
+    for words in (
+        ["lab.clock", "--host", "host1", "--by", "2h"],
+        ["lab.module", "--host", "host1", "--forbid", "esp4"],
+    ):
+        other.fab(*words, check=1)
+    assert "no host host9 in the lab, there are: host1, host2" in other.fab("lab.cut", "--host", "host9").stderr
+    assert "is of driver container, asked for is vm" in other.fab("lab.up", "--driver", "vm").stderr
+
+
+def test_power(other: Project) -> None:
+    other.fab("lab.power", "off", "--host", "host2", check=0)
+    assert {machine.name: machine.state for machine in other.machines} == {"host1": "running", "host2": "exited"}
+    other.fab("lab.power", "on", "--host", "host2", check=0)
+    other.fab("lab.power", "reset", "--host", "host2", check=0)
+    assert [machine.state for machine in other.machines] == ["running", "running"]
 
 
 def test_secrets_are_for_the_owner_only(other: Project) -> None:

@@ -794,3 +794,24 @@ def test_who_does_not_hear_the_others_is_waited_for() -> None:
     plan = model.plan(model.design(world.inventory, replace(observed, hosts=facts), {}))
     assert plan.waits[0].startswith("host2 does not hear host1 by gossip")
     assert not plan.is_done
+
+
+def test_rules_that_encrypt_the_overlay_are_put_back() -> None:
+    """Flushed, everything works on, in clear text; Docker makes them anew only when it starts."""
+    world = clustered("mww", "ipsec")
+    observed = world.observe()
+    assert observed.swarm is not None
+    [overlay] = [network for network in observed.swarm.networks.values() if network.encrypted]
+    mark = '-A OUTPUT -p udp --dport 4789 -m bpf --bytecode "...,21 1 0 4097,..." -j MARK --set-xmark 0xd0c4e3'
+    drop = '-A INPUT -p udp --dport 4789 -m bpf --bytecode "...,21 1 0 4097,..." -m policy --pol none -j DROP'
+
+    def planned(**changes: Any) -> list[tuple[str, str]]:
+        hosts = {**observed.hosts, "host2": replace(observed.hosts["host2"], **changes)}
+        seen = model.Observed(hosts, observed.swarm)
+        return [(step.action, step.host) for step in model.plan(model.design(world.inventory, seen, {})).steps]
+
+    here = {overlay.id[:10]: 4097}
+    assert planned(overlays=here, esp_rules=(mark, drop)) == []
+    assert planned(esp_rules=()) == []  # no task of it here, so no rules
+    for left in ((), (mark,), (drop,)):
+        assert planned(overlays=here, esp_rules=left) == [("start", "host2")]

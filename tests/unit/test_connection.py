@@ -107,7 +107,7 @@ def test_a_closed_port_is_said_at_once(server: Server, connect: Connect) -> None
     begun = time.monotonic()
     with pytest.raises(Unreachable, match="refused"):
         connect().run("true")
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 8
 
 
 def test_connections_dropped_before_the_banner_are_tried_again(server: Server, connect: Connect) -> None:
@@ -121,7 +121,7 @@ def test_an_sshd_that_always_drops_ends_in_time(server: Server, connect: Connect
     begun = time.monotonic()
     with pytest.raises(Unreachable):
         connect(connect_timeout=1).run("true")
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 20
 
 
 # ---- commands ----
@@ -157,8 +157,8 @@ def test_a_failed_command_says_its_last_words(connect: Connect) -> None:
 def test_a_hanging_command_is_ended_at_the_host(server: Server, connect: Connect, tmp_path: Path) -> None:
     begun = time.monotonic()
     with pytest.raises(Deadline, match=r"took longer than 0.5 s"):
-        connect().run(f"sleep 3; touch {tmp_path}/late", timeout=0.5)
-    assert time.monotonic() - begun < 2.5
+        connect().run(f"sleep 10; touch {tmp_path}/late", timeout=0.5)
+    assert time.monotonic() - begun < 8
     assert not (tmp_path / "late").exists()
 
 
@@ -168,7 +168,7 @@ def test_a_host_that_does_not_answer_any_more_ends_at_our_deadline(connect: Conn
     begun = time.monotonic()
     with pytest.raises(Deadline, match=r"no answer within 0\.5 s"):
         host._exec("hang", b"", "ask", 0.5)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 8
     assert host.run("echo still here").stdout == "still here\n"
 
 
@@ -179,7 +179,7 @@ def test_a_connection_lost_while_a_command_runs(server: Server, connect: Connect
     begun = time.monotonic()
     with pytest.raises(HostError, match=r"^host1, wait: connection lost"):
         host.run("sleep 20", step="wait")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15
     assert host.run("echo again").stdout == "again\n", "the next command connects anew"
 
 
@@ -389,9 +389,9 @@ def test_all_hosts_at_once(server: Server, far: Server) -> None:
     with fleet(server, far) as hosts:
         assert [host.name for host in hosts] == ["host1", "host2"]
         begun = time.monotonic()
-        results = hosts.each(lambda host: host.run(f"sleep 0.4; echo {host.name}").stdout)
+        results = hosts.each(lambda host: host.run(f"sleep 2; echo {host.name}").stdout)
         assert results == {"host1": "host1\n", "host2": "host2\n"}
-        assert time.monotonic() - begun < 0.8 + 0.6
+        assert time.monotonic() - begun < 4
         assert hosts.each(lambda host: host.name, ["host2"]) == {"host2": "host2"}
         assert hosts.each(lambda host: host.name, []) == {}
 

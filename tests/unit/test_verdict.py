@@ -152,9 +152,10 @@ def test_on_one_host_nothing_leaves_and_nothing_need_be_encrypted() -> None:
 
 def test_esp_is_judged_by_its_rules_and_states() -> None:
     mark = '-A OUTPUT -p udp -m udp --dport 4789 -m u32 --u32 "...=0x100100" -j MARK --set-xmark 0xd0c4e3/0xffffffff'
+    drop = '-A INPUT -p udp -m udp --dport 4789 -m u32 --u32 "...=0x100100" -m policy --dir in --pol none -j DROP'
     both = frozenset({("10.0.0.1", "10.0.0.3", 1), ("10.0.0.3", "10.0.0.1", 2)})
     ends = replace(MTA, data_path="10.0.0.1"), replace(MDA, data_path="10.0.0.3")
-    one = State(ready="yes", marks=(mark,), drops=("-A INPUT -p udp ... -j DROP",), states=both, aead=True)
+    one = State(ready="yes", marks=(mark,), drops=(drop,), states=both, aead=True)
     good = replace(GOOD, backend="ipsec", sender=ends[0], receiver=ends[1], states={"host1": one, "host3": one}, mtu=0)
     assert verdict.judge(good).outcome == "proven", verdict.judge(good)
     for name, changes in (

@@ -1,0 +1,288 @@
+"""Hosts with kernels of their own (``lab.up --driver vm``): Docker's IPsec for real, lost power, cut cables.
+
+One lab for the whole file, in this order: hosts that nothing was done to, then the cluster with mail. Each test leaves
+it as it was. Emulated hosts are slow, and slower where other work goes on: everything is waited for, nothing is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import imaplib
+import json
+import re
+import shutil
+import smtplib
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Project, Result, eventually, temporary
+from mailing import PASSWORD, imap, send
+from test_runbooks import execute
+
+from swarmmail.lab.naming import Naming
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
+
+INVENTORY = "lab"
+"""The inventory that ``lab.up`` wrote: host1 is the manager and has the MTA, host2 the MDA; encryption: auto."""
+ENVIRONMENT = {"SWARMMAIL_INVENTORY": INVENTORY, "SWARMMAIL_PATIENCE": "10"}
+SLOW = 900
+"""Seconds for a command: a deadline for what hangs, not what it should take."""
+ALICE = "alice@lab.test"
+DELIVERY, RETURN = "mta@host1 -> mda@host2", "mda@host2 -> mta@host1"
+
+
+def fab(project: Project, *words: str, **options: Any) -> Result:
+    return project.fab(*words, env=ENVIRONMENT, timeout=SLOW, **options)
+
+
+def verify(project: Project) -> dict[str, dict[str, Any]]:
+    """The verdicts by pair; each with ``names``, those of its causes."""
+    result = fab(project, "verify", "--json")
+    found = json.loads(result.stdout)
+    assert (result.status == 0) == found["proven"], str(result)
+    return {one["pair"]: {**one, "names": [cause["name"] for cause in one["causes"]]} for one in found["pairs"]}
+
+
+def a_mail_crosses(project: Project) -> None:
+    token = ""
+
+    def sent() -> bool:
+        nonlocal token
+        with contextlib.suppress(OSError, smtplib.SMTPException):
+            token = send(project, ALICE)
+        return bool(token)
+
+    eventually(sent, 300, "a mail is accepted")
+    eventually(lambda: token in inbox(project), 300, "and delivered")
+
+
+def inbox(project: Project) -> set[str]:
+    """Subjects of the mails in alice's inbox; none when the MDA does not answer."""
+    parts: list[Any] = []
+    with contextlib.suppress(OSError, imaplib.IMAP4.error), imap(project, ALICE, PASSWORD, "host2") as client:
+        client.select("INBOX", readonly=True)
+        parts = client.fetch("1:*", "(BODY.PEEK[HEADER.FIELDS (SUBJECT)])")[1]
+    text = b"".join(part[1] for part in parts if isinstance(part, tuple))
+    return set(re.findall(r"Subject: (\S+)", text.decode()))
+
+
+@pytest.fixture(scope="module")
+def hosts(place: Path) -> Iterator[Project]:
+    """Two virtual hosts, with nothing done to them."""
+    with temporary(place, "virtual") as project:
+        fab(project, "lab.up", "--driver", "vm", check=0)
+        yield project
+
+
+@pytest.fixture(scope="module")
+def mail(hosts: Project) -> Project:
+    """The same hosts after ``bootstrap`` and ``deploy``, with an account."""
+    result = fab(hosts, "bootstrap", "deploy", check=0)
+    assert "encryption: ipsec (every kernel accepts an ESP state with AES-GCM)" in result.output
+    fab(hosts, "user.add", ALICE, stdin=f"{PASSWORD}\n", check=0)
+    return hosts
+
+
+# ---- before the first step ----
+
+WITHOUT = {  # per host: modules that its kernel may not load, and what `check` says of it
+    "esp4, and xt_bpf with its stand-in": {
+        "host1": ("esp4", "does not take an ESP state with AES-GCM"),
+        "host2": ("xt_bpf,xt_u32", "takes neither -m bpf nor -m u32"),
+    },
+    "gcm, and xt_policy": {
+        "host1": ("gcm,aesni_intel", "does not take an ESP state with AES-GCM"),
+        "host2": ("xt_policy", "does not take an iptables rule with -m policy"),
+    },
+    "xfrm_user": {"host1": ("xfrm_user", "does not take an ESP state with AES-GCM")},
+}
+
+
+@pytest.fixture
+def only_ipsec(hosts: Project) -> str:
+    """An inventory that asks for ipsec: with ``auto`` WireGuard would be taken where a kernel lacks ESP."""
+    return hosts.inventory("ipsec", ("host1", "host2"), managers=1, network={"encryption": "ipsec"})
+
+
+@pytest.mark.parametrize("case", WITHOUT)
+def test_check_finds_a_kernel_without(case: str, hosts: Project, only_ipsec: str) -> None:
+    for host, (modules, _) in WITHOUT[case].items():
+        fab(hosts, "lab.module", "--host", host, "--forbid", modules, check=0)
+    try:
+        result = fab(hosts, "check", "--json", "--inventory", only_ipsec, check=2)
+        for host, (_, text) in WITHOUT[case].items():
+            assert any(
+                (one["where"], one["level"]) == (host, "error") and text in one["measured"] for one in findings(result)
+            ), str(result)
+    finally:
+        for host in WITHOUT[case]:
+            fab(hosts, "lab.module", "--host", host, check=0)
+
+
+def findings(result: Result) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(result.stdout)["findings"]
+    return found
+
+
+def test_check_finds_a_clock_that_is_two_hours_off(hosts: Project) -> None:
+    fab(hosts, "lab.clock", "--host", "host2", "--by", "2h", check=0)
+    try:
+        result = fab(hosts, "bootstrap")
+        assert result.status != 0 and re.search(r"host2.*clock.*7[12]\d\d", result.output), str(result)
+        assert "inactive" in hosts.sh("host2", "docker info -f '{{.Swarm.LocalNodeState}}'")
+    finally:
+        fab(hosts, "lab.clock", "--host", "host2", check=0)
+
+
+# ---- the proof ----
+
+
+def test_docker_s_own_encryption_is_proven(mail: Project) -> None:
+    a_mail_crosses(mail)
+    found = verify(mail)
+    assert set(found) == {DELIVERY, RETURN}
+    for one in found.values():
+        assert (one["verdict"], one["causes"]) == ("proven", []), one
+        text = "\n".join(one["evidence"])
+        assert len(re.findall(r"ESP [1-9]\d* out [1-9]\d* back, in clear: 0 of this network, 0 markers", text)) == 2
+        assert len(re.findall(r"control [1-9]", text)) == 2, text
+        assert re.search(r"forged in \d+ ways: [1-9]\d* reached host\d, 0 delivered", text), text
+    assert "message of 10 MB: 250" in "\n".join(found[DELIVERY]["evidence"])
+
+
+def test_only_esp_is_on_the_wire_and_nothing_uses_the_ingress_network(mail: Project, tmp_path: Path) -> None:
+    """Docker does not encrypt its ingress network: no packet of it, nor any other VXLAN in clear, may leave a host."""
+    with capture(mail, tmp_path / "wire.pcap", "udp port 4789 or ip proto 50") as file:
+        a_mail_crosses(mail)
+    seen = subprocess.run(["tcpdump", "-nr", str(file)], capture_output=True, text=True, check=True).stdout
+    assert "ESP(spi=" in seen
+    assert [line for line in seen.splitlines() if "ESP(spi=" not in line] == []
+    published = mail.sh("host1", "docker service inspect -f '{{json .Endpoint.Ports}}' mail_mta mail_mda")
+    assert "ingress" not in published and published.count('"host"') >= 2, published
+
+
+@contextlib.contextmanager
+def capture(project: Project, file: Path, words: str) -> Iterator[Path]:
+    """What crosses the lab's bridge meanwhile."""
+    command = [*project.driver.enter(), "tcpdump", "--immediate-mode", "-Uni", project.bridge, "-w", str(file), words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        assert "listening on" in running.stderr.readline()
+        try:
+            yield file
+        finally:
+            running.terminate()
+
+
+# ---- leaks and black holes ----
+
+
+def test_esp_that_is_lost_on_the_way_is_a_black_hole(mail: Project) -> None:
+    fab(mail, "lab.cut", "--between", "host1,host2", "--only", "esp", check=0)
+    try:
+        found = verify(mail)
+        assert [one["names"][0] for one in found.values()] == ["black-hole", "black-hole"], found
+    finally:
+        assert "esp" in fab(mail, "lab.mend", check=0).stdout
+
+
+def test_a_mark_that_is_gone_on_one_host_is_a_leak(mail: Project) -> None:
+    """The other host drops what comes in clear: to the users a black hole, to the eavesdropper a mailbox."""
+    mail.sh("host1", "iptables -t mangle -F OUTPUT")
+    one = verify(mail)[DELIVERY]
+    assert one["verdict"] == "broken" and one["names"][0] in ("clear-text", "clear-vxlan"), one
+    assert "mark-missing" in one["names"], one
+
+
+def test_rules_that_are_gone_on_both_hosts_are_a_leak_that_nobody_feels(mail: Project) -> None:
+    """Executes ``docs/runbooks/firewall-was-reloaded.md``, with the mend."""
+    for host in ("host1", "host2"):
+        mail.sh(host, "iptables -t mangle -F OUTPUT; iptables -F INPUT")
+    a_mail_crosses(mail)
+    execute(mail, "firewall-was-reloaded", timeout=SLOW, **ENVIRONMENT)
+
+
+# ---- lost power ----
+
+
+def test_no_accepted_mail_is_lost_with_the_power(mail: Project) -> None:
+    """First the MDA's host, while mail arrives; then the other one, the manager and the MTA's, with what it queued.
+    Afterwards executes ``docs/runbooks/host-lost-power.md``."""
+    sender = Sender(mail)
+    try:
+        eventually(lambda: len(sender.accepted) >= 5, 120, "five mails are accepted")
+        fab(mail, "lab.power", "off", "--host", "host2", check=0)
+        before = len(sender.accepted)
+        eventually(lambda: len(sender.accepted) >= before + 5, 300, "mail is accepted while the MDA is away")
+        fab(mail, "lab.power", "off", "--host", "host1", check=0)
+    finally:
+        sender.stop()
+    mail.disconnect()
+    assert [machine.state for machine in mail.machines] == ["off", "off"]
+    assert "host1, host2" in fab(mail, "lab.up", check=0).stdout
+    missing: list[str] = []
+
+    def delivered() -> bool:
+        missing[:] = set(sender.accepted) - inbox(mail)
+        return not missing
+
+    eventually(delivered, 600, f"all of {len(sender.accepted)} mails are in the mailbox, missing: {missing}")
+    execute(mail, "host-lost-power", timeout=SLOW, **ENVIRONMENT)
+
+
+class Sender:
+    """Sends mails one after the other; knows which were accepted."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.accepted: list[str] = []
+        self._going = True
+        self._thread = threading.Thread(target=self._send)
+        self._thread.start()
+
+    def _send(self) -> None:
+        while self._going:
+            with contextlib.suppress(OSError, smtplib.SMTPException):
+                self.accepted.append(send(self.project, ALICE))
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        self._going = False
+        self._thread.join()
+
+
+# ---- the end ----
+
+
+def test_nothing_is_left(hosts: Project) -> None:
+    """Also not of hosts that still run, of a cut, or of the folder when its owner removed it."""
+    naming = Naming.of(hosts.root)
+    fab(hosts, "lab.cut", "--host", "host1", check=0)
+    hosts.disconnect()
+    assert traces(naming) != []
+    shutil.rmtree(hosts.root / ".lab")
+    fab(hosts, "lab.down", check=0)
+    assert traces(naming) == []
+    assert not (hosts.root / ".lab").exists()
+
+
+def traces(naming: Naming) -> list[str]:
+    """Processes, namespaces, links and mounts of a lab, by name."""
+    commands = [
+        path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if path.exists()
+    ]
+    links = [path.name for path in Path("/sys/class/net").iterdir()]
+    spaces = [path.name for path in Path("/run/netns").glob("*")]
+    mounts = Path("/proc/mounts").read_text().splitlines()
+    return [
+        *(line for line in commands if line.startswith("qemu") and naming.id in line),
+        *(name for name in [*links, *spaces, *mounts] if naming.id in name),
+    ]
