@@ -5,7 +5,7 @@ export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin
 s() { printf '\n@@%s\n' "$1"; }
 docker_says() {
 # A manager without a leader answers after 20 s (moby, daemon/cluster: swarmRequestTimeout).
-s docker;    info=$(command -v docker >/dev/null && timeout 25 docker info --format '{{json .}}' 2>/dev/null); printf '%s\n' "$info"
+s docker;    info=$(command -v docker >/dev/null && timeout @ANSWER@ docker info --format '{{json .}}' 2>/dev/null); printf '%s\n' "$info"
 s peers;     case $info in *'"LocalNodeState":"active"'*) timeout 5 docker network inspect ingress --format '{{json .Peers}}' 2>/dev/null ;; esac
 }
 host_says() {
