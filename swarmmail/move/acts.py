@@ -37,6 +37,8 @@ BROKEN = frozenset((10, 12, 30, 35, 255))
 """Exit statuses of rsync(1) and ssh(1) that mean the connection: it is made again, and the copy goes on."""
 VANISHED = 24
 """A file went away while it was copied: nothing wrong while the service runs."""
+MARGIN = 2
+"""Seconds that a clock's second and a pass's beginning may be apart."""
 SAMPLE = 200
 """Files whose contents are compared, besides those that have changed."""
 HOLDER = "swarmmail.holder"
@@ -102,7 +104,10 @@ class HostActs:
         self.gap: float | None = None
         """Seconds from before the stop until the service answered on the target."""
         self._paths: dict[str, tuple[str, ...]] = {}
-        self._copying_since = move.started
+        self._copying_since = 0
+        """When the first pass began: seconds, by the source's clock."""
+        self._copied = 0
+        """When the last one began that came to its end."""
         self._stopped_at: float | None = None
         self._where = ""
         self._waiting = 0
@@ -246,7 +251,6 @@ class HostActs:
     def precopy(self) -> None:
         if not self.hooks.live_copy:
             return
-        self._copying_since = time.time()
         while another_pass(self.passes):
             done = self._pass("copy", live=True)
             self.passes = (*self.passes, done)
@@ -256,8 +260,12 @@ class HostActs:
             )
         verb(self.target, "flush", self.paths(self.target)[0], step="write the copy to the disk", timeout=600)
 
-    def _pass(self, step: str, live: bool) -> Pass:
-        """One pass. A connection that breaks is made again; what is there already is not sent again."""
+    def _pass(self, step: str, live: bool, since: int = 0) -> Pass:
+        """One pass. A connection that breaks is made again; what is there already is not sent again.
+
+        Args:
+            since: look only at what has changed from then on (seconds, by the source's clock); 0: at everything.
+        """
         move = self.move
         pairs = self.paths(self.source)
         assert pairs == self.paths(self.target) or len(pairs) == len(self.paths(self.target))
@@ -267,6 +275,7 @@ class HostActs:
                 self.source,
                 "pass",
                 move.id,
+                since,
                 self._where,
                 self.bwlimit,
                 *[f"{a}={b}" for a, b in zip(pairs, self.paths(self.target), strict=True)],
@@ -295,6 +304,9 @@ class HostActs:
         if not result.ok and not (live and result.status == VANISHED):
             said = (result.stderr.strip().splitlines() or [f"exit status {result.status}"])[0]
             raise HostError(f"the copy failed: {said}", host=self.source.name, step=step)
+        if (clock := re.search(r"^began (\d+)$", result.stdout, re.M)) is not None:
+            self._copied = int(clock[1])
+            self._copying_since = self._copying_since or self._copied
         numbers = [int(n.replace(",", "")) for n in re.findall(r": ([\d,]+)", result.stdout)]
         return Pass(time.monotonic() - began, sum(numbers[0::2]), sum(numbers[1::2]))
 
@@ -343,16 +355,37 @@ class HostActs:
         verb(self.source, "stop", self.move.id, port, GRACE, names, *self._first, step="stop the source", timeout=60)
 
     def final(self) -> None:
-        done = self._pass("last copy", live=False)
+        """What has changed since the last pass began; the comparison finds what that should miss."""
+        done = self._pass("last copy", live=False, since=max(0, self._copied - MARGIN))
         report.progress(
             f"last pass: {done.files} files, {done.bytes / 1e6:.1f} MB in {done.seconds:.2f} s", self.source.name
         )
 
     def compare(self) -> None:
+        found = self._manifests()
+        if len(set(found.values())) > 1 and self.hooks.live_copy:
+            report.progress("the last pass has missed something; once more, over everything", self.source.name)
+            self._pass("last copy", live=False)
+            found = self._manifests()
+        if len(set(found.values())) > 1:
+            raise HostError(
+                f"the copy differs from {self.source.name}: {self._difference()}",
+                host=self.target.name,
+                step="compare",
+                hint="nothing was lost; run the same command again",
+            )
+        entries = [line.split() for line in found[self.source.name].splitlines()]
+        self.lines.append(
+            f"compared: {sum(int(words[0]) for words in entries)} entries by name, size, owner, mode and time, "
+            f"{sum(int(words[2]) for words in entries)} files by content"
+        )
+
+    def _manifests(self) -> dict[str, str]:
+        """Source and target, each as one text: equal if they are."""
         files = max(1, self.files)
         step = max(1, files // SAMPLE)
         first = random.randint(1, step)  # noqa: S311
-        since = int(self._copying_since) - 1
+        since = max(0, self._copying_since - MARGIN)
 
         def look(host: Host) -> str:
             return verb(
@@ -368,19 +401,7 @@ class HostActs:
                 timeout=600,
             ).stdout
 
-        found = self.fleet.each(look, (self.source.name, self.target.name))
-        if found[self.source.name] != found[self.target.name]:
-            raise HostError(
-                f"the copy differs from {self.source.name}: {self._difference()}",
-                host=self.target.name,
-                step="compare",
-                hint="nothing was lost; run the same command again",
-            )
-        entries = [line.split() for line in found[self.source.name].splitlines()]
-        self.lines.append(
-            f"compared: {sum(int(words[0]) for words in entries)} entries by name, size, owner, mode and time, "
-            f"{sum(int(words[2]) for words in entries)} files by content"
-        )
+        return self.fleet.each(look, (self.source.name, self.target.name))
 
     files = 0
     """Files of the volumes, as the check counted them."""

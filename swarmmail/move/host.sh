@@ -221,14 +221,22 @@ connect() {
         -M -S "$D/ssh" -fN "$2" >"$D/log" 2>&1 </dev/null || { tail -1 "$D/log" >&2; exit 255; }
 }
 
-# pass ID WHERE BWLIMIT PATH=PATH-THERE...: copy what differs. --modify-window=-1: times count to the nanosecond; else a file that
-# changed twice within a second and kept its size would be taken for unchanged. Prints rsync's statistics; exit status as rsync's.
+# pass ID SINCE WHERE BWLIMIT PATH=PATH-THERE...: copy what differs. SINCE: only what has changed from then on, in seconds of this
+# host's clock, by the time that the kernel itself keeps (ctime); a folder counts, with what is right in it, when a name in it came
+# or went. 0: everything. Prints "began SECONDS" and rsync's statistics; exit status as rsync's.
+# --modify-window=-1: times count to the nanosecond; else a file that changed twice within a second and kept its size would be taken
+# for unchanged.
 pass() {
-    folder "$1"; where=$2 limit=$3; shift 3
+    folder "$1"; since=$2 where=$3 limit=$4; shift 4
+    echo "began $(date +%s)"
     for pair; do
-        path=${pair%%=*} there=${pair#*=}
-        rsync -aHAXS --modify-window=-1 --numeric-ids --delete --partial-dir=.swarmmail-partial --bwlimit="$limit" --stats --info=progress2 \
-            --exclude=/.swarmmail-volume --exclude=/.swarmmail-volume.new \
+        path=${pair%%=*} there=${pair#*=} which=
+        if [ "$since" != 0 ]; then
+            (cd "$path" && find . -newerct "@$since" \( -type d -printf '%p/\0' -o -printf '%p\0' \)) >"$D/changed" || return
+            which="--dirs --from0 --files-from=$D/changed" # with it, -a does not recurse
+        fi
+        rsync -aHAXS $which --modify-window=-1 --numeric-ids --delete --partial-dir=.swarmmail-partial --bwlimit="$limit" --stats \
+            --info=progress2 --exclude=/.swarmmail-volume --exclude=/.swarmmail-volume.new \
             -e "ssh -F /dev/null -S $D/ssh -o BatchMode=yes -o ProxyCommand=false" "$path/" "$where:$there/" >"$D/progress" 2>"$D/errors" &
         echo $! >>"$D/pids"
         wait $!

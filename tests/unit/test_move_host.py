@@ -86,7 +86,7 @@ def test_a_command_of_a_move_that_was_ended_does_nothing(run, volume: Path) -> N
     for words in (
         ("mark", "gone", volume, text("held"), ",live,"),
         ("stop", "gone", "-", 1, "mail_mail", os.getpid()),
-        ("pass", "gone", "x@y", 0, f"{volume}={volume}"),
+        ("pass", "gone", 0, "x@y", 0, f"{volume}={volume}"),
         ("manifest", "gone", 0, 1, 1, "x", volume),
     ):
         done = run(*words)
@@ -266,6 +266,78 @@ def test_a_content_that_differs_under_the_same_size_and_time(run, tmp_path: Path
     os.utime(there / "mail", ns=((volume / "mail").stat().st_atime_ns, (volume / "mail").stat().st_mtime_ns))
     os.utime(there, ns=(volume.stat().st_atime_ns, volume.stat().st_mtime_ns))
     assert manifest(run, volume, "one") != manifest(run, there, "two")
+
+
+# ---- copying ----
+
+
+@pytest.fixture
+def copy(run, tmp_path: Path, volume: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """``copy(since)``: one pass into another folder, as over SSH; what it printed. Returns that folder, too."""
+    there = tmp_path / "volumes" / "copy" / "_data"
+    there.mkdir(parents=True)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    # ssh OPTION... HOST COMMAND...: the command, here
+    (programs / "ssh").write_text('#!/bin/sh\nwhile [ "$1" != rsync ]; do shift; done\nexec "$@"\n')
+    (programs / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    (tmp_path / "run" / "swarmmail-move-id1").mkdir()
+
+    def one(since: int) -> str:
+        done = run("pass", "id1", since, "x@y", 0, f"{volume}={there}")
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout)
+
+    return one, there
+
+
+def test_a_pass_over_what_has_changed_finds_all_that_a_service_does(run, copy, volume: Path) -> None:  # type: ignore[no-untyped-def]
+    """As a mail server does it: new names, renamed ones, deletions, a file that grows, one replaced, a hard link."""
+    one, there = copy
+    (volume / ".swarmmail-volume").write_text("marker of the source")
+    (there / ".swarmmail-volume").write_text("another")
+    for folder in ("a/cur", "a/new", "quiet/cur", "gone/cur"):
+        (volume / folder).mkdir(parents=True)
+        for number in range(20):
+            (volume / folder / f"mail{number}").write_text("x" * number)
+    began = int(one(0).split()[1])
+    assert manifest(run, volume, "one") == manifest(run, there, "two")
+    (there / "quiet" / "cur" / "mail7").write_text("nobody looks here again")
+    time.sleep(2.1)  # what is about to change has another second
+    (volume / "a" / "new" / "mail3").rename(volume / "a" / "cur" / "mail3:2,S")
+    (volume / "a" / "new" / "new\nline üml").write_text("fresh")
+    (volume / "a" / "cur" / "mail5").unlink()
+    with (volume / "a" / "cur" / "mail6").open("a") as grows:
+        grows.write("more")
+    os.link(volume / "a" / "cur" / "mail8", volume / "a" / "new" / "linked")
+    (volume / "top.tmp").write_text("replaced")
+    (volume / "top.tmp").rename(volume / "top")
+    shutil.rmtree(volume / "gone")
+    (volume / "made" / "cur").mkdir(parents=True)
+    (volume / "made" / "cur" / "mail").write_text("x")
+    (volume / "a" / "cur" / "mail9").chmod(0o600)
+    one(began + 1)
+    assert (there / "quiet" / "cur" / "mail7").read_text() == "nobody looks here again"
+    (there / "quiet" / "cur" / "mail7").write_text("x" * 7)
+    times = (volume / "quiet" / "cur" / "mail7").stat()
+    os.utime(there / "quiet" / "cur" / "mail7", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert manifest(run, volume, "one") == manifest(run, there, "two")
+    assert (there / ".swarmmail-volume").read_text() == "another"
+
+
+def test_what_such_a_pass_misses_is_found_by_the_comparison(run, copy, volume: Path) -> None:  # type: ignore[no-untyped-def]
+    """What is below a folder that got another name has not changed itself."""
+    one, there = copy
+    (volume / "a" / "b" / "c").mkdir(parents=True)
+    (volume / "a" / "b" / "c" / "mail").write_text("x")
+    began = int(one(0).split()[1])
+    time.sleep(2.1)
+    (volume / "a").rename(volume / "renamed")
+    one(began + 1)
+    assert manifest(run, volume, "one") != manifest(run, there, "two")
+    one(0)
+    assert manifest(run, volume, "one") == manifest(run, there, "two")
 
 
 def test_measuring(run, volume: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
