@@ -185,7 +185,7 @@ shift 2
 words=
 while [ \$# -gt 2 ]; do
     case \$1 in
-        --numeric-ids | --delete | --delete-during | --stats | --bwlimit=* | --info=* | --log-format=* | -e.*) ;;
+        --numeric-ids | --delete | --delete-during | --no-r | --stats | --bwlimit=* | --info=* | --log-format=* | -e.*) ;;
         --partial-dir) [ "\$2" = .swarmmail-partial ] || no; words="\$words \$1"; shift ;;
         --*) no ;;
         -@-1 | -[a-zA-Z]*) ;; # -@: --modify-window

@@ -150,8 +150,12 @@ def ask(serve: Path, command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_key_receives_a_copy_into_its_volume(serve: Path, volume: Path) -> None:
-    options = "-vlHogDtpAXrSe.iLsfxCIvu -@-1 --stats --delete-during --numeric-ids --partial-dir .swarmmail-partial"
+@pytest.mark.parametrize(
+    "what", ["-vlHogDtpAXrSe.iLsfxCIvu --delete-during", "-ldHogDtpAXRSe.LsfxCIvu --no-r --delete"]
+)
+def test_the_key_receives_a_copy_into_its_volume(serve: Path, volume: Path, what: str) -> None:
+    """A whole pass, and one over what has changed."""
+    options = f"{what} -@-1 --stats --numeric-ids --partial-dir .swarmmail-partial"
     done = ask(serve, f"rsync --server {options} . {volume}/")
     assert done.returncode == 0 and done.stdout.split() == ["--server", *options.split(), ".", f"{volume}/"]
     assert (serve.parent / "pids").read_text().strip().isdigit(), "so that it can be ended"
