@@ -224,8 +224,8 @@ def test_rules_that_are_gone_on_both_hosts_are_a_leak_that_nobody_feels(mail: Pr
 
 # ---- new keys ----
 
-# The one place in dockerd that holds 12 hours in nanoseconds: how often the leader makes new keys for encrypted overlays
-# (swarmkit, manager/keymanager, DefaultKeyRotationInterval). There is no option for it.
+# The one place in dockerd that holds 12 hours in nanoseconds: how often the leader makes new keys for encrypted
+# overlays (swarmkit, manager/keymanager, DefaultKeyRotationInterval). There is no option for it.
 SOON = """
 set -e
 python3 - <<'END'
