@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
 
 INVENTORY = "lab"
 """The inventory that ``lab.up`` wrote: host1 is the manager and has the MTA, host2 the MDA; encryption: auto."""
-ENVIRONMENT = {"SWARMMAIL_INVENTORY": INVENTORY, "SWARMMAIL_PATIENCE": "10"}
+ENVIRONMENT = {"SWARMMAIL_INVENTORY": INVENTORY, "SWARMMAIL_PATIENCE": "4"}
 SLOW = 900
 """Seconds for a command: a deadline for what hangs, not what it should take."""
 ALICE = "alice@lab.test"
@@ -220,6 +220,42 @@ def test_rules_that_are_gone_on_both_hosts_are_a_leak_that_nobody_feels(mail: Pr
         mail.sh(host, "iptables -t mangle -F OUTPUT; iptables -F INPUT")
     a_mail_crosses(mail)
     execute(mail, "firewall-was-reloaded", timeout=SLOW, **ENVIRONMENT)
+
+
+# ---- new keys ----
+
+# The one place in dockerd that holds 12 hours in nanoseconds: how often the leader makes new keys for encrypted
+# overlays (swarmkit, manager/keymanager, DefaultKeyRotationInterval). There is no option for it.
+SOON = """
+set -e
+python3 - <<'END'
+hours, minute = ((seconds * 10**9).to_bytes(8, "little") for seconds in (12 * 3600, 60))
+program = open("/usr/sbin/dockerd", "rb").read()
+assert program.count(hours) == 1, program.count(hours)
+open("/usr/sbin/dockerd.soon", "wb").write(program.replace(hours, minute))
+END
+chmod 755 /usr/sbin/dockerd.soon
+cp -p /usr/sbin/dockerd /usr/sbin/dockerd.real
+mv /usr/sbin/dockerd.soon /usr/sbin/dockerd
+systemctl restart docker
+"""
+AS_EVER = "mv /usr/sbin/dockerd.real /usr/sbin/dockerd && systemctl restart docker"
+
+
+def test_new_keys_are_taken_without_a_gap(mail: Project) -> None:
+    """Docker makes them every 12 hours; here the leader's dockerd thinks that a minute is that long."""
+
+    def indexes() -> set[str]:
+        return set(re.findall(r"spi (0x\w+)", mail.sh("host2", "ip xfrm state list nokeys")))
+
+    before = indexes()
+    mail.sh("host1", SOON)
+    try:
+        eventually(lambda: indexes() - before, 600, "host2 has ESP states by a new key")
+        a_mail_crosses(mail)
+        assert {pair: one["verdict"] for pair, one in verify(mail).items()} == {DELIVERY: "proven", RETURN: "proven"}
+    finally:
+        mail.sh("host1", AS_EVER)
 
 
 # ---- lost power ----
