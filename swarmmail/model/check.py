@@ -925,8 +925,10 @@ def _ports(m: Measured, name: str, probe: Probe) -> Findings:
 
 def _clocks(m: Measured) -> Findings:
     if m.clocks:
-        ahead = sorted(offset for offset, _ in m.clocks.values())
-        middle = ahead[len(ahead) // 2] if len(ahead) % 2 else (ahead[len(ahead) // 2 - 1] + ahead[len(ahead) // 2]) / 2
+        ahead = [offset for offset, _ in m.clocks.values()]
+        if len(ahead) % 2 == 0:  # this machine has a vote: of two clocks, neither can say which one is wrong
+            ahead.append(0.0)
+        middle = sorted(ahead)[len(ahead) // 2]
         for name, (offset, uncertain) in m.clocks.items():
             apart = offset - middle
             text = f"{apart:+.2f} s from the others' middle, +-{uncertain:.2f} s"

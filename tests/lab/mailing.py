@@ -21,6 +21,7 @@ from conftest import HOSTS, MAIL, STACK, Project, Result, eventually
 
 DONE = r"^deploy: mail taken by host1 \(SMTP\) and read back from host3 \(IMAP\) \d+\.\d\d s after it was accepted$"
 """The last line of a deploy that did something, when each service is where the inventory begins it."""
+_DONE_ANYWHERE = DONE.replace("host1", r"host\d").replace("host3", r"host\d")
 
 PASSWORD = "a secret of the tests"
 
@@ -37,7 +38,7 @@ def deploy(project: Project, *words: str, inventory: str = MAIL, timeout: float 
 def healed(project: Project, inventory: str = MAIL) -> Result:
     """A normal deploy mends what there is to mend; after it a mail travels, and nothing is left to do."""
     result = deploy(project, inventory=inventory, check=0)
-    assert result.stdout == "deploy: nothing to do\n" or re.search(DONE, result.stdout, re.M), str(result)
+    assert result.stdout == "deploy: nothing to do\n" or re.search(_DONE_ANYWHERE, result.stdout, re.M), str(result)
     if result.stdout == "deploy: nothing to do\n":
         project.fab("probe", "--inventory", inventory, check=0)
     assert deploy(project, inventory=inventory, check=0).stdout == "deploy: nothing to do\n"
@@ -183,11 +184,12 @@ def mails(project: Project, address: str, password: str, token: str, host: str =
 def arrives(
     project: Project, address: str, password: str, token: str, host: str = "host1", seconds: float = 20
 ) -> bytes:
-    """Wait for a mail; it must come once."""
+    """Wait for a mail; it must come once. A reader who gets no answer meanwhile tries again."""
     found: list[bytes] = []
 
     def look() -> bool:
-        found[:] = mails(project, address, password, token, host)
+        with contextlib.suppress(OSError, imaplib.IMAP4.abort):
+            found[:] = mails(project, address, password, token, host)
         return bool(found)
 
     eventually(look, seconds, f"a mail with {token} in the inbox of {address}")

@@ -226,10 +226,13 @@ def run(project: Project, faults: list[Fault], inventory: str, mended: str | Non
     return seen
 
 
+LISTENS = "for i in $(seq 200); do ss -Hlntu | grep -q ':{} ' && break; sleep 0.05; done"
+
+
 def listener(kind: str, port: int) -> str:
     listen = "s.listen();" if kind == "STREAM" else ""
     code = f"import socket,time;s=socket.socket(type=socket.SOCK_{kind});s.bind(('',{port}));{listen}time.sleep(300)"
-    return f'setsid python3 -c "{code}" >/dev/null 2>&1 </dev/null & echo $! >/root/listener; sleep 0.3'
+    return f'setsid python3 -c "{code}" >/dev/null 2>&1 </dev/null & echo $! >/root/listener; {LISTENS.format(port)}'
 
 
 def config(text: str, restart: bool = False) -> str:

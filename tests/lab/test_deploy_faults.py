@@ -193,7 +193,7 @@ def listening(project: Project, host: str, port: int) -> Iterator[None]:
     program = f"import socket, time; s = socket.create_server(('', {port})); time.sleep(600)"
     project.sh(host, f'systemd-run -q --unit taken python3 -c "{program}"')
     try:
-        eventually(lambda: f":{port} " in project.sh(host, "ss -Hltn"), 10)
+        eventually(lambda: f":{port} " in project.sh(host, "ss -Hltn"), 30)
         yield
     finally:
         project.sh(host, "systemctl stop taken")
@@ -370,11 +370,14 @@ def test_a_host_that_is_away(deployed: Project) -> None:
 
 def test_two_operators_at_once(empty: Project) -> None:
     both = [empty.start("deploy", "--inventory", MAIL) for _ in range(2)]
-    results = sorted((empty.finish(process) for process in both), key=lambda result: result.status)
-    assert results[0].status == 0 and re.search(DONE, results[0].stdout, re.M), str(results)
-    if results[1].status:  # else one was over before the other began
-        # what the other one has made only half of it may see too
-        results[1].error(r"(host1, lock: .*\(process \d+\) has been at work on 'deploy' for \d+ s.*|place m[td]a: )")
+    results = [empty.finish(process) for process in both]
+    assert any(re.search(DONE, result.stdout, re.M) for result in results), str(results)
+    for result in results:
+        if result.status:
+            # what the other one has made only half of it may see too
+            result.error(r"(host1, lock: .*\(process \d+\) has been at work on 'deploy' for \d+ s.*|place m[td]a: )")
+        else:  # one was over, or as good as over, before the other began
+            assert result.stdout == "deploy: nothing to do\n" or re.search(DONE, result.stdout, re.M), str(results)
     healed(empty)
 
 

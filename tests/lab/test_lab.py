@@ -162,7 +162,7 @@ def test_status_as_json_and_without_a_lab(other: Project, make_project: Callable
         hosts = json.loads(other.fab("lab.status", "--json", check=0).stdout)["hosts"]
         return all(10e6 < (host["memory"] or 0) < 500e6 for host in hosts)
 
-    eventually(weighed, 10, "every host has its memory shown")
+    eventually(weighed, 60, "every host has its memory shown")
     assert "no lab here" in make_project("none").fab("lab.status", check=0).stdout
 
 

@@ -40,6 +40,13 @@ KILLS = int(os.environ.get("SWARMMAIL_KILLS", "4"))
 OTHERS = int(os.environ.get("SWARMMAIL_FAULTS", "3"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def back_to_the_beginning(_hosts: Project) -> Iterator[None]:
+    """Other files expect each service where the inventory begins it."""
+    yield
+    _hosts.reset()
+
+
 @pytest.fixture
 def mailing(deployed: Project) -> Iterator[Project]:
     accounts_for(deployed)

@@ -238,6 +238,15 @@ def test_a_clock_that_is_read_slowly_is_not_blamed() -> None:
     assert bad(measured(clocks={"host1": (0.0, 0.01), "host2": (4.0, 3.0), "host3": (0.0, 0.01)})) == []
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "wrong"), [(0.1, 7200.0, ["host2"]), (-7200.0, 0.1, ["host1"]), (60.0, 60.1, [])]
+)
+def test_of_two_clocks_the_operators_says_which_one_is_wrong(one: float, other: float, wrong: list[str]) -> None:
+    """Two hosts alone would each be half of it off. Where both agree, it is the operator's that is."""
+    found = bad(measured(clocks={"host1": (one, 0.01), "host2": (other, 0.01)}))
+    assert [finding.where for finding in found if finding.what == "clock"] == wrong
+
+
 def test_what_must_be_unique() -> None:
     same = {"machine_id": "x", "ssh_keys": "ssh-ed25519 x", "info": '{"ID": "x", "DockerRootDir": "/var/lib/docker"}'}
     found = bad(measured({"host1": same, "host3": same}, facts={"host3": {"hostname": "host1"}}))
