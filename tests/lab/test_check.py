@@ -232,7 +232,8 @@ LISTENS = "for i in $(seq 200); do ss -Hlntu | grep -q ':{} ' && break; sleep 0.
 def listener(kind: str, port: int) -> str:
     listen = "s.listen();" if kind == "STREAM" else ""
     reuse = "s.setsockopt(1,2,1);"  # SO_REUSEADDR: a Swarm of before may have left connections that have ended
-    code = f"import socket,time;s=socket.socket(type=socket.SOCK_{kind});{reuse}s.bind(('',{port}));{listen}time.sleep(300)"
+    bound = f"s=socket.socket(type=socket.SOCK_{kind});{reuse}s.bind(('',{port}));{listen}"
+    code = f"import socket,time;{bound}time.sleep(300)"
     return f'setsid python3 -c "{code}" >/dev/null 2>&1 </dev/null & echo $! >/root/listener; {LISTENS.format(port)}'
 
 
