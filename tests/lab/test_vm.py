@@ -29,12 +29,13 @@ from swarmmail.lab.naming import Naming
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
 
 INVENTORY = "lab"
-"""The inventory that ``lab.up`` wrote: host1 is the manager and has the MTA, host2 the MDA; encryption: auto."""
+"""The inventory that ``lab.up`` wrote: host1 is the manager and has the MTA and the edge, host2 the MDA; encryption: auto."""
 ENVIRONMENT = {"SWARMMAIL_INVENTORY": INVENTORY, "SWARMMAIL_PATIENCE": "4"}
-SLOW = 900
+SLOW = 1500
 """Seconds for a command: a deadline for what hangs, not what it should take."""
 ALICE = "alice@lab.test"
-DELIVERY, RETURN = "mta@host1 -> mda@host2", "mda@host2 -> mta@host1"
+DELIVERY = "mta@host1 -> mda@host2"
+PAIRS = {DELIVERY, "mda@host2 -> mta@host1", "edge@host1 -> mda@host2", "mda@host2 -> edge@host1"}
 
 
 def fab(project: Project, *words: str, **options: Any) -> Result:
@@ -65,7 +66,7 @@ def a_mail_crosses(project: Project) -> None:
 def inbox(project: Project) -> set[str]:
     """Subjects of the mails in alice's inbox; none when the MDA does not answer."""
     parts: list[Any] = []
-    with contextlib.suppress(OSError, imaplib.IMAP4.error), imap(project, ALICE, PASSWORD, "host2") as client:
+    with contextlib.suppress(OSError, imaplib.IMAP4.error), imap(project, ALICE, PASSWORD) as client:
         client.select("INBOX", readonly=True)
         parts = client.fetch("1:*", "(BODY.PEEK[HEADER.FIELDS (SUBJECT)])")[1]
     text = b"".join(part[1] for part in parts if isinstance(part, tuple))
@@ -94,7 +95,7 @@ def mail(hosts: Project) -> Project:
         ("start_period: 60s", "start_period: 600s"),
         ("timeout: 10s", "timeout: 120s"),
     ):
-        assert text.count(old) == 2, text
+        assert old in text, text
         text = text.replace(old, new)
     stack.write_text(text)
     result = fab(hosts, "bootstrap", "--no-check", "deploy", "--no-verify", check=0)
@@ -152,7 +153,7 @@ def test_check_finds_a_host_without(case: str, hosts: Project, only_ipsec: str) 
 def test_docker_s_own_encryption_is_proven(mail: Project) -> None:
     a_mail_crosses(mail)
     found = verify(mail)
-    assert set(found) == {DELIVERY, RETURN}
+    assert set(found) == PAIRS
     for one in found.values():
         assert (one["verdict"], one["causes"]) == ("proven", []), one
         text = "\n".join(one["evidence"])
@@ -193,7 +194,7 @@ def test_esp_that_is_lost_on_the_way_is_a_black_hole(mail: Project) -> None:
     fab(mail, "lab.cut", "--between", "host1,host2", "--only", "esp", check=0)
     try:
         found = verify(mail)
-        assert [one["names"][0] for one in found.values()] == ["black-hole", "black-hole"], found
+        assert {pair: one["names"][0] for pair, one in found.items()} == dict.fromkeys(PAIRS, "black-hole"), found
     finally:
         assert "esp" in fab(mail, "lab.mend", check=0).stdout
 
@@ -245,7 +246,7 @@ def test_new_keys_are_taken_without_a_gap(mail: Project) -> None:
     try:
         eventually(lambda: indexes() - before, 600, "host2 has ESP states by a new key")
         a_mail_crosses(mail)
-        assert {pair: one["verdict"] for pair, one in verify(mail).items()} == {DELIVERY: "proven", RETURN: "proven"}
+        assert {pair: one["verdict"] for pair, one in verify(mail).items()} == dict.fromkeys(PAIRS, "proven")
     finally:
         mail.sh("host1", AS_EVER)
 
