@@ -29,7 +29,7 @@ from swarmmail.lab.naming import Naming
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
 
 INVENTORY = "lab"
-"""The inventory that ``lab.up`` wrote: host1 is the manager and has the MTA and the edge, host2 the MDA; encryption: auto."""
+"""The inventory that ``lab.up`` wrote: host1 is the manager and has MTA and edge, host2 the MDA; encryption: auto."""
 ENVIRONMENT = {"SWARMMAIL_INVENTORY": INVENTORY, "SWARMMAIL_PATIENCE": "4"}
 SLOW = 1500
 """Seconds for a command: a deadline for what hangs, not what it should take."""
