@@ -6,6 +6,7 @@ The SDK's own ``ssh://`` opens a second connection with host-key rules of its ow
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import docker
@@ -92,3 +93,13 @@ class _Client(docker.APIClient):  # type: ignore[misc]
 def client(host: Host) -> docker.APIClient:
     """Raises ``docker.errors.DockerException`` when the engine does not answer."""
     return _Client(host)
+
+
+def update(api: docker.APIClient, kind: str, raw: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
+    """Write a whole specification (``kind``: configs, services), based on the version that was read as ``raw``.
+
+    The SDK can't do it for configs, and resets what its call for services is not given.
+    Raises ``docker.errors.APIError``: somebody else wrote in between, for example.
+    """
+    url = api._url("/{0}/{1}/update", kind, raw["ID"])
+    api._raise_for_status(api._post_json(url, data=spec, params={"version": raw["Version"]["Index"]}))

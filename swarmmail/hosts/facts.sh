@@ -40,11 +40,13 @@ s units;       systemctl show -p Id,ActiveState,UnitFileState docker swarmmail-g
 s listening;   ss -Hltn 2>/dev/null
 # Of which overlays has this host tasks, and does Docker's own encryption select their packets?
 s overlays
+tasks=
 for n in /var/run/docker/netns/1-*; do
   [ -e "$n" ] || continue
+  tasks=yes
   echo "${n##*/1-} $(nsenter --net="$n" ip -d -o link show type vxlan 2>/dev/null | sed -n 's/.* vxlan id \([0-9]*\).*/\1/p')"
 done
-s esp-rules;   iptables -w 2 -t mangle -S OUTPUT 2>/dev/null; iptables -w 2 -S INPUT 2>/dev/null
+s esp-rules;   [ -z "$tasks" ] || { iptables -w 2 -t mangle -S OUTPUT 2>/dev/null; iptables -w 2 -S INPUT 2>/dev/null; }
 s volumes
 root=$(sed -n "s/.*\"data-root\": *\"\([^\"]*\)\".*/\1/p" /etc/docker/daemon.json 2>/dev/null)
 for f in "${root:-/var/lib/docker}"/volumes/*/_data/.swarmmail-volume; do

@@ -7,7 +7,6 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from swarmmail.lab.driver import Driver
 from swarmmail.lab.naming import Naming
@@ -15,8 +14,7 @@ from swarmmail.lab.vms import VmDriver
 from swarmmail.model.errors import InputError, SwarmmailError
 from swarmmail.model.network import DATA_PORT
 
-Power = Literal["off", "on", "reset"]
-POWER: dict[str, Power] = {"off": "off", "on": "on", "reset": "reset"}
+POWER = ("off", "on", "reset")
 PROTOCOLS = {
     "all": "",
     "esp": "ip protocol esp",

@@ -27,6 +27,7 @@ class Accounts:
 
     def __init__(self, fleet: Fleet, seen: Seen | None = None) -> None:
         seen = services.observe(fleet) if seen is None else seen
+        self._fleet = fleet
         self.mda: Container = services.running(fleet, seen, "mda")
         self.mta: Container = services.running(fleet, seen, "mta")
 
@@ -55,8 +56,11 @@ class Accounts:
             self.sync()
 
     @contextlib.contextmanager
-    def temporary(self, address: str) -> Iterator[str]:
-        """An account that exists only meanwhile; yields its password. What a killed run left of it is removed first."""
+    def temporary(self, address: str, moves: bool = False) -> Iterator[str]:
+        """An account that exists only meanwhile; yields its password. What a killed run left of it is removed first.
+
+        ``moves``: services may move meanwhile, so at the end they are looked for anew.
+        """
         password = secrets.token_urlsafe(24)
         if address in self.list():
             self.remove(address, mail=True)
@@ -64,7 +68,7 @@ class Accounts:
         try:
             yield password
         finally:
-            self.remove(address, mail=True)
+            (Accounts(self._fleet) if moves else self).remove(address, mail=True)
 
     def sync(self, patience: float = 0) -> None:
         """Give the MTA the list of recipients. Run again, it repairs a list that is behind.

@@ -27,18 +27,12 @@ def run(fleet: Fleet, stack: StackFile, rate: float, seconds: float) -> Verdict:
 
     A move of the MDA may go on at the same time; the MTA stays where it is.
     """
-    assert fleet.inventory.stack is not None
-    domain = fleet.inventory.stack.settings.get("MAIL_DOMAIN", "").split()
-    if not domain:
+    address = probe.address(fleet.inventory, USER)
+    if address is None:
         raise InputError([f"{fleet.inventory.path}: stack.settings.MAIL_DOMAIN: missing; the ledger needs an address"])
-    address = f"{USER}@{domain[0].rstrip(',')}"
-    password = secrets.token_urlsafe(24)
     accounts = Accounts(fleet)
-    if address in accounts.list():
-        accounts.remove(address, mail=True)  # of a run that was killed
-    accounts.add(address, password)
     ledger, name = Ledger(), secrets.token_hex(4)
-    try:
+    with accounts.temporary(address, moves=True) as password:
         mta = accounts.mta.host
         with mta.forward(mta.spec.advertise, 25) as port:
             until = time.monotonic() + seconds
@@ -53,8 +47,6 @@ def run(fleet: Fleet, stack: StackFile, rate: float, seconds: float) -> Verdict:
         report.progress(f"{len(ledger.entries)} mails sent, waiting for the queue")
         _drained(accounts)
         return ledger.judge(_found(fleet, stack, address, password, name))
-    finally:
-        Accounts(fleet).remove(address, mail=True)
 
 
 def _send(ledger: Ledger, name: str, worker: int, port: int, address: str, rate: float, until: float) -> None:
@@ -98,13 +90,11 @@ def _drained(accounts: Accounts) -> None:
 
 
 def _found(fleet: Fleet, stack: StackFile, address: str, password: str, name: str) -> list[str]:
-    role = "edge" if stack.by_role("edge") is not None else "mda"
-    service = stack.by_role(role)
-    imaps = service is not None and 993 in service.ports
+    role, imap = probe.door(stack)
     host = services.running(fleet, services.observe(fleet), role).host
-    with host.forward(host.spec.advertise, 993 if imaps else 143) as port:
+    with host.forward(host.spec.advertise, imap) as port:
         try:
-            client = probe.login(fleet, host.name, port, imaps, address, password)
+            client = probe.login(fleet, host.name, port, imap == 993, address, password)
             client.select("INBOX", readonly=True)
             _, data = client.fetch("1:*", "(BODY.PEEK[HEADER.FIELDS (SUBJECT)])")
             client.logout()

@@ -77,27 +77,33 @@ def run(fleet: Fleet, stack: StackFile, token: str | None = None) -> Outcome:
         return _send_and_read(fleet, stack, accounts, recipient, password, token)
 
 
-def address(inventory: Inventory) -> str | None:
+def address(inventory: Inventory, user: str = USER) -> str | None:
     """The probe's address, in the first domain of the stack; None when its settings name none."""
     domain = inventory.stack.settings.get("MAIL_DOMAIN", "").split() if inventory.stack is not None else []
-    return f"{USER}@{domain[0].rstrip(',')}" if domain else None
+    return f"{user}@{domain[0].rstrip(',')}" if domain else None
+
+
+def door(stack: StackFile) -> tuple[str, int]:
+    """Where people read their mail: the role of the service, and its port (993, or 143 with STARTTLS)."""
+    role = "edge" if stack.by_role("edge") is not None else "mda"
+    service = stack.by_role(role)
+    return role, 993 if service is not None and 993 in service.ports else 143
 
 
 def _send_and_read(
     fleet: Fleet, stack: StackFile, accounts: Accounts, address: str, password: str, token: str
 ) -> Outcome:
     mta, mda = accounts.mta.host, accounts.mda.host
-    door = "edge" if stack.by_role("edge") is not None else "mda"
-    shown = services.running(fleet, services.observe(fleet), door).host if door == "edge" else mda
-    by = f" by the edge on {shown.name}" if door == "edge" else ""
+    role, imap = door(stack)
+    shown = services.running(fleet, services.observe(fleet), role).host if role == "edge" else mda
+    by = f" by the edge on {shown.name}" if role == "edge" else ""
     report.progress(f"probe: SMTP to {mta.name}, IMAP from {mda.name}{by}")
     with mta.forward(mta.spec.advertise, 25) as port:
         _submit(fleet, mta.name, port, address, token)
     accepted = time.monotonic()
-    imaps = 993 in _ports(stack, door)
-    with shown.forward(shown.spec.advertise, 993 if imaps else 143) as port:
+    with shown.forward(shown.spec.advertise, imap) as port:
         try:
-            client = login(fleet, shown.name, port, imaps, address, password)
+            client = login(fleet, shown.name, port, imap == 993, address, password)
             try:
                 _await(client, token, accounts.mta)
             finally:
@@ -112,11 +118,6 @@ def _send_and_read(
         except (imaplib.IMAP4.error, OSError, EOFError) as error:
             raise HostError(f"IMAP: {error}", host=shown.name, step="probe", hint="see: fab status") from None
     return Outcome(token, mta.name, mda.name, accepted, time.monotonic() - accepted)
-
-
-def _ports(stack: StackFile, role: str) -> tuple[int, ...]:
-    service = stack.by_role(role)
-    return service.ports if service is not None else ()
 
 
 def _same_certificate(fleet: Fleet, host: str, shown: bytes | None) -> None:

@@ -18,6 +18,7 @@ import tenacity
 from swarmmail import report
 from swarmmail.cluster import images, swarm
 from swarmmail.hosts.connection import Host, Result
+from swarmmail.hosts.dockerapi import update
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail.hooks import Hooks
 from swarmmail.model import stack as model
@@ -93,11 +94,14 @@ class HostActs:
         hooks: Hooks,
         *,
         bwlimit: str = "0",
+        files: int = 0,
     ) -> None:
         self.fleet, self.stack, self.move, self.manager, self.hooks = fleet, stack, move, manager, hooks
         self.source, self.target = fleet[move.source], fleet[move.target]
         self.service: Service = stack.services[move.service]
         self.bwlimit = bwlimit
+        self.files = files
+        """Files of the volumes, as the check counted them."""
         self.passes: tuple[Pass, ...] = ()
         self.lines: list[str] = []
         """What there is to see at the end."""
@@ -143,6 +147,14 @@ class HostActs:
                     found.append(host.docker.inspect_container(raw["Id"]))
         return [raw for raw in found if raw["State"]["Running"]]
 
+    def _released(self, host: Host, step: str) -> int:
+        """The first process of the service's container on a host, once its fence has let it go; 0: there is none."""
+        for raw in self._containers(host):
+            words = host.run(f"tr '\\0' ' ' </proc/{raw['State']['Pid']}/cmdline", step=step, check=False).stdout
+            if words and "/swarmmail-fence" not in words:
+                return int(raw["State"]["Pid"])
+        return 0
+
     # -- copy --
 
     def prepare(self) -> None:
@@ -171,11 +183,10 @@ class HostActs:
 
     def _image(self) -> None:
         """The very image that runs on the source, under its tag."""
-        tag = self.service.image
+        running = self._containers(self.source)
+        tag = running[0]["Config"]["Image"] if running else self.service.image
         with self.source.doing("look at the image"):
-            running = self._containers(self.source)
-            here = images.inspect(self.source.docker, running[0]["Config"]["Image"] if running else tag)
-            tag = running[0]["Config"]["Image"] if running else tag
+            here = images.inspect(self.source.docker, tag)
         with self.target.doing("look at the image"):
             there = images.inspect(self.target.docker, tag)
         if here is not None and (there is None or there.id != here.id):
@@ -403,9 +414,6 @@ class HostActs:
 
         return self.fleet.each(look, (self.source.name, self.target.name))
 
-    files = 0
-    """Files of the volumes, as the check counted them."""
-
     def _difference(self) -> str:
         def listing(host: Host) -> set[str]:
             return set(verb(host, "listing", self.move.id, step="compare both sides", timeout=120).stdout.splitlines())
@@ -437,27 +445,15 @@ class HostActs:
             wanted = f"SWARMMAIL_GENERATION={self.move.generation}"
             others = [entry for entry in container.get("Env") or () if not entry.startswith("SWARMMAIL_GENERATION=")]
             if wanted not in (container.get("Env") or ()):
-                # the whole specification, read and written: the SDK's update would reset what it is not given (F85)
                 container["Env"] = [*others, wanted]
-                url = api._url("/services/{0}/update", raw["ID"])
-                api._raise_for_status(api._post_json(url, data=spec, params={"version": raw["Version"]["Index"]}))
+                update(api, "services", raw, spec)
 
     def serve(self) -> None:
-        def started() -> int:
-            """The first process of the service's container, once its fence has let it go."""
-            for raw in self._containers(self.target):
-                words = self.target.run(
-                    f"tr '\\0' ' ' </proc/{raw['State']['Pid']}/cmdline", step="serve", check=False
-                ).stdout
-                if words and "/swarmmail-fence" not in words:
-                    return int(raw["State"]["Pid"])
-            return 0
-
         pid, problem = self._waiting, ""
         for once_more in (False, True):
             if once_more:  # its container was started anew meanwhile, or a hand has taken the label
                 swarm.set_label(self.manager, self.move.target_node, self.service.place_label, PLACED)
-                pid = swarm.wait_until(started, bool, STANDBY_LIMIT)
+                pid = swarm.wait_until(lambda: self._released(self.target, "serve"), bool, STANDBY_LIMIT)
             elif pid and not verb(self.target, "started", pid, step="serve", timeout=30, check=False).ok:
                 pid = 0
             if not pid:
@@ -506,16 +502,7 @@ class HostActs:
         """The source lives again. The Swarm starts its task anew if it was stopped; then that is waited for."""
         self._mark_source(LIVE, f"{HELD},{LIVE}", "make the source live again")
 
-        def serves() -> int:
-            for raw in self._containers(self.source):
-                words = self.source.run(
-                    f"tr '\\0' ' ' </proc/{raw['State']['Pid']}/cmdline", step="revive", check=False
-                ).stdout
-                if words and "/swarmmail-fence" not in words:
-                    return int(raw["State"]["Pid"])
-            return 0
-
-        pid = swarm.wait_until(serves, bool, REVIVE_LIMIT)
+        pid = swarm.wait_until(lambda: self._released(self.source, "revive"), bool, REVIVE_LIMIT)
         if pid and self.hooks.port:
             with contextlib.suppress(HostError):
                 self.hooks.answers(self.source, pid)

@@ -13,6 +13,7 @@ import docker.errors
 import tenacity
 
 from swarmmail.hosts.connection import Host
+from swarmmail.hosts.dockerapi import update
 from swarmmail.model.errors import HostError, Locked, Refused
 from swarmmail.model.move import JOURNAL as NAME
 from swarmmail.model.move import Move, Overtaken, Phase, decode
@@ -50,10 +51,7 @@ class Journal:
         def write() -> dict[str, Any]:
             with self.manager.doing("write the journal"):
                 try:
-                    # the SDK has no method for it: POST /configs/{id}/update
-                    url = api._url("/configs/{0}/update", name)
-                    answer = api._post_json(url, data=spec, params={"version": self._raw["Version"]["Index"]})
-                    api._raise_for_status(answer)
+                    update(api, "configs", self._raw, spec)
                 except (docker.errors.NotFound, docker.errors.APIError) as error:
                     text = str(error.explanation or error)
                     if isinstance(error, docker.errors.NotFound) or "out of sequence" in text or "not found" in text:

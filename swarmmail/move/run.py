@@ -173,11 +173,6 @@ def refuse(found: Found) -> None:
         raise Refused("; ".join(found.problems), step="check", hint="mend it, then run the same command again")
 
 
-def open_journal(fleet: Fleet, seen: Seen | None = None) -> journal.Journal | None:
-    seen = services.observe(fleet) if seen is None else seen
-    return journal.read(seen.manager)
-
-
 def migrate(fleet: Fleet, name: str, to: str, options: Options | None = None) -> Done | None:
     """Move a service; None when it is there already. A move that was interrupted is finished or undone first.
 
@@ -197,7 +192,7 @@ def migrate(fleet: Fleet, name: str, to: str, options: Options | None = None) ->
                     hint="first: fab migrate.resume, or: fab migrate.abort",
                 )
             report.progress(f"an earlier run was interrupted in phase '{left.phase}'")
-            done = _recover(fleet, left, options)
+            done = _recover(fleet, seen, left, options)
             if done is not None:
                 return done
             seen = services.observe(fleet)
@@ -277,21 +272,20 @@ def _without_source(fleet: Fleet, seen: Seen, name: str, to: str, options: Optio
     return Done(move, times, made.gap, lines)
 
 
-def _acts(fleet: Fleet, move: Move, seen: Seen, options: Options) -> HostActs:
+def _acts(fleet: Fleet, move: Move, seen: Seen, options: Options, files: int = 0) -> HostActs:
     stack = stacks.read(fleet.inventory)
-    return HostActs(fleet, stack, move, seen.manager, hooks.of(fleet, stack, move.role), bwlimit=options.bwlimit)
+    hook = hooks.of(fleet, stack, move.role)
+    return HostActs(fleet, stack, move, seen.manager, hook, bwlimit=options.bwlimit, files=files)
 
 
 def _forward(fleet: Fleet, seen: Seen, found: Found, options: Options) -> Done:
-    made = _acts(fleet, found.move, seen, options)
-    made.files = found.need.files
+    made = _acts(fleet, found.move, seen, options, found.need.files)
     times = Times()
     model.Run(found.move, made, journal.begin(seen.manager, found.move), times.watch).forward()
     return Done(found.move, times, made.gap, tuple(made.lines))
 
 
-def _recover(fleet: Fleet, left: journal.Journal, options: Options) -> Done | None:
-    seen = services.observe(fleet)
+def _recover(fleet: Fleet, seen: Seen, left: journal.Journal, options: Options) -> Done | None:
     made = _acts(fleet, left.move, seen, options)
     times = Times()
     if model.Run(left.move, made, left, times.watch).recover():
@@ -324,7 +318,7 @@ def abort(fleet: Fleet) -> Move | None:
                 step="abort",
                 hint=f"fab migrate.resume; then: fab migrate --service {left.move.service} --to {left.move.source}",
             )
-        _recover(fleet, left, Options())
+        _recover(fleet, seen, left, Options())
         return left.move
 
 
@@ -379,7 +373,7 @@ def purge(fleet: Fleet, dry: bool) -> list[str]:
 
 def status(fleet: Fleet) -> list[str]:
     """Where a move stands, in lines for people."""
-    left = open_journal(fleet)
+    left = journal.read(services.observe(fleet).manager)
     if left is None:
         return ["no move is under way"]
     move = left.move

@@ -23,19 +23,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import signal
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lab"))
 
-from conftest import MAIL, STACK, Project, eventually, temporary
+from conftest import MAIL, Project, eventually
 from mailing import PASSWORD, container, marker, volume
-from moving import NO_PROOF, USERS, accounts_for, labelled, other, place, serves
+from moving import NO_PROOF, USERS, accounts_for, labelled, other, own_lab, place, serves
 from stream import Stream, lmtp_probe, longest
 
 from swarmmail import report
@@ -149,11 +147,7 @@ def main() -> int:
     given = parser.parse_args()
     names = [field.name for field in fields(Row)]
     rows: list[Row] = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the lab goes, too
-    with tempfile.TemporaryDirectory() as folder, temporary(Path(folder), "move") as project:
-        project.up(3)
-        project.inventory(MAIL, stack=STACK)
-        project.fab("bootstrap", "deploy", env={"SWARMMAIL_INVENTORY": MAIL}, timeout=600, check=0)
+    with own_lab("move") as project:
         accounts_for(project)
         let_in(project)
         for size in given.sizes.split(","):

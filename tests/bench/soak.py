@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import random
-import signal
 import sys
-import tempfile
 import time
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -25,9 +23,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lab"))
 
 import pytest
-from conftest import MAIL, STACK, Project, temporary
+from conftest import MAIL, Project
 from mailing import PASSWORD, container
-from moving import FAULTS, READER, USERS, accounts_for, go_wrong, place
+from moving import FAULTS, READER, USERS, accounts_for, go_wrong, own_lab, place
 from stream import Clients, Stream, Watch, lmtp_probe, longest
 
 from swarmmail import report
@@ -110,11 +108,7 @@ def main() -> int:
     given = parser.parse_args()
     names = [field.name for field in fields(Row)]
     rows: list[Row] = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the lab goes, too
-    with tempfile.TemporaryDirectory() as folder, temporary(Path(folder), "soak") as project:
-        project.up(3)
-        project.inventory(MAIL, stack=STACK)
-        project.fab("bootstrap", "deploy", env={"SWARMMAIL_INVENTORY": MAIL}, timeout=600, check=0)
+    with own_lab("soak") as project:
         for seed in range(given.seed, given.seed + given.runs):
             rows.append(one(project, seed, given.only, given.rate))
             report.progress(" ".join(map(str, astuple(rows[-1]))))

@@ -45,6 +45,13 @@ def healed(project: Project, inventory: str = MAIL) -> Result:
     return result
 
 
+def verdicts(result: Result) -> dict[str, Any]:
+    """Of a ``verify --json``, the verdicts by pair; each with ``names``, those of its causes."""
+    found = json.loads(result.stdout)
+    assert (result.status == 0) == found["proven"], str(result)
+    return {one["pair"]: {**one, "names": [cause["name"] for cause in one["causes"]]} for one in found["pairs"]}
+
+
 def variant(project: Project, name: str, edits: Mapping[str, Edit] | None = None, **stack: Any) -> str:
     """An inventory NAME whose stack is a copy of ``stacks/mail``, with some files changed; ``stack`` changes its
     section. It is a variant of the same stack: its name in Docker is the same."""

@@ -3,15 +3,19 @@ what can go wrong in the middle of one."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import signal
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from conftest import HOSTS, MAIL, Project, Result, eventually
+from conftest import HOSTS, MAIL, STACK, Project, Result, eventually, temporary
 from mailing import account, container, volume
 
 from swarmmail.model import move as model
@@ -29,6 +33,17 @@ def accounts_for(project: Project) -> None:
     for user in (*USERS, READER):
         if user not in known:
             account(project, user.split("@")[0])
+
+
+@contextlib.contextmanager
+def own_lab(name: str) -> Iterator[Project]:
+    """Three hosts with the mail stack, for a program that is no test; SIGTERM takes them away, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory() as folder, temporary(Path(folder), name) as project:
+        project.up(3)
+        project.inventory(MAIL, stack=STACK)
+        project.fab("bootstrap", "deploy", env={"SWARMMAIL_INVENTORY": MAIL}, timeout=600, check=0)
+        yield project
 
 
 def place(project: Project, service: str = "mail_mda") -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import MAIL, STACK, Project, eventually
-from mailing import container
+from mailing import container, verdicts
 
 pytestmark = pytest.mark.lab
 
@@ -31,9 +31,7 @@ PAIRS = {DELIVERY, RETURN, "edge@host1 -> mda@host3", "mda@host3 -> edge@host1"}
 def verify(project: Project, *words: str, inventory: str = MAIL) -> dict[str, Any]:
     """The verdicts by pair; each with ``names``, those of its causes."""
     result = project.fab("verify", "--json", "--inventory", inventory, *words)
-    found = json.loads(result.stdout)
-    assert (result.status == 0) == found["proven"], str(result)
-    return {one["pair"]: {**one, "names": [cause["name"] for cause in one["causes"]]} for one in found["pairs"]}
+    return verdicts(result)
 
 
 def proven(project: Project) -> bool:

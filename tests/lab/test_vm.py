@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from conftest import Project, Result, eventually, temporary
-from mailing import PASSWORD, imap, send
+from mailing import PASSWORD, imap, send, verdicts
 from test_runbooks import execute
 
 from swarmmail.lab.naming import Naming
@@ -43,11 +43,7 @@ def fab(project: Project, *words: str, **options: Any) -> Result:
 
 
 def verify(project: Project) -> dict[str, dict[str, Any]]:
-    """The verdicts by pair; each with ``names``, those of its causes."""
-    result = fab(project, "verify", "--json")
-    found = json.loads(result.stdout)
-    assert (result.status == 0) == found["proven"], str(result)
-    return {one["pair"]: {**one, "names": [cause["name"] for cause in one["causes"]]} for one in found["pairs"]}
+    return verdicts(fab(project, "verify", "--json"))
 
 
 def a_mail_crosses(project: Project) -> None:

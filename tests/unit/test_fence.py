@@ -42,20 +42,24 @@ def volume(path: Path, **changes: str | None) -> Path:
     return path
 
 
-def run(
-    shell: list[str], place: Path, volumes: str, *command: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    variables = {
+def variables(volumes: str) -> dict[str, str]:
+    """What deploy gives to a fence, for a volume as ``volume`` makes it."""
+    return {
         "PATH": os.environ["PATH"],
         "SWARMMAIL_CLUSTER": "lab",
         "SWARMMAIL_SERVICE": "mda",
         "SWARMMAIL_GENERATION": "3",
         "SWARMMAIL_NODE": "node1",
         "SWARMMAIL_VOLUMES": volumes,
-    } | environment
+    }
+
+
+def run(
+    shell: list[str], place: Path, volumes: str, *command: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*shell, str(place / "fence"), *(command or ("echo", "started"))],
-        env=variables,
+        env=variables(volumes) | environment,
         capture_output=True,
         text=True,
         timeout=10,
@@ -256,17 +260,9 @@ def test_without_root(shell: list[str], place: Path) -> None:
 
 
 def start(shell: list[str], place: Path, *command: str) -> subprocess.Popen[str]:
-    variables = {
-        "PATH": os.environ["PATH"],
-        "SWARMMAIL_CLUSTER": "lab",
-        "SWARMMAIL_SERVICE": "mda",
-        "SWARMMAIL_GENERATION": "3",
-        "SWARMMAIL_NODE": "node1",
-        "SWARMMAIL_VOLUMES": str(place / "mail"),
-    }
     return subprocess.Popen(
         [*shell, str(place / "fence"), *(command or ("echo", "started"))],
-        env=variables,
+        env=variables(str(place / "mail")),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
