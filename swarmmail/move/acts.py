@@ -9,6 +9,7 @@ import shlex
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any
 
@@ -40,6 +41,8 @@ VANISHED = 24
 """A file went away while it was copied: nothing wrong while the service runs."""
 MARGIN = 2
 """Seconds that a clock's second and a pass's beginning may be apart."""
+FUTURE = 2**32
+"""Seconds: no file is younger."""
 SAMPLE = 200
 """Files whose contents are compared, besides those that have changed."""
 HOLDER = "swarmmail.holder"
@@ -110,9 +113,14 @@ class HostActs:
         self._paths: dict[str, tuple[str, ...]] = {}
         self._copying_since = 0
         """When the first pass began: seconds, by the source's clock."""
+        self._changed = FUTURE
+        """Contents of files that are younger are compared: seconds, by the source's clock."""
         self._copied = 0
         """When the last one began that came to its end."""
         self._stopped_at: float | None = None
+        self._here = ""
+        """The source's manifest, made when it had stopped."""
+        self._chance = random.randrange(10**6)  # noqa: S311
         self._where = ""
         self._waiting = 0
         """First process of the standby."""
@@ -367,52 +375,50 @@ class HostActs:
 
     def final(self) -> None:
         """What has changed since the last pass began; the comparison finds what that should miss."""
-        done = self._pass("last copy", live=False, since=max(0, self._copied - MARGIN))
+        # without an earlier pass nothing has changed since the first, and the sample remains
+        self._changed = self._copying_since - MARGIN if self._copying_since else FUTURE
+        with ThreadPoolExecutor(1) as pool:  # the source rests by now: it can be listed meanwhile
+            here = pool.submit(self._manifest, self.source)
+            done = self._pass("last copy", live=False, since=max(0, self._copied - MARGIN))
+        self._here = here.result()
         report.progress(
             f"last pass: {done.files} files, {done.bytes / 1e6:.1f} MB in {done.seconds:.2f} s", self.source.name
         )
 
     def compare(self) -> None:
-        found = self._manifests()
-        if len(set(found.values())) > 1 and self.hooks.live_copy:
+        there = self._manifest(self.target)
+        if there != self._here and self.hooks.live_copy:
             report.progress("the last pass has missed something; once more, over everything", self.source.name)
             self._pass("last copy", live=False)
-            found = self._manifests()
-        if len(set(found.values())) > 1:
+            there = self._manifest(self.target)
+        if there != self._here:
             raise HostError(
                 f"the copy differs from {self.source.name}: {self._difference()}",
                 host=self.target.name,
                 step="compare",
                 hint="nothing was lost; run the same command again",
             )
-        entries = [line.split() for line in found[self.source.name].splitlines()]
+        entries = [line.split() for line in there.splitlines()]
         self.lines.append(
             f"compared: {sum(int(words[0]) for words in entries)} entries by name, size, owner, mode and time, "
             f"{sum(int(words[2]) for words in entries)} files by content"
         )
 
-    def _manifests(self) -> dict[str, str]:
-        """Source and target, each as one text: equal if they are."""
-        files = max(1, self.files)
-        step = max(1, files // SAMPLE)
-        first = random.randint(1, step)  # noqa: S311
-        since = max(0, self._copying_since - MARGIN)
-
-        def look(host: Host) -> str:
-            return verb(
-                host,
-                "manifest",
-                self.move.id,
-                since,
-                first,
-                step,
-                self.hooks.also,
-                *self.paths(host),
-                step="compare both sides",
-                timeout=600,
-            ).stdout
-
-        return self.fleet.each(look, (self.source.name, self.target.name))
+    def _manifest(self, host: Host) -> str:
+        """What a host has, as a text: equal on both sides if they are."""
+        step = max(1, self.files // SAMPLE)
+        return verb(
+            host,
+            "manifest",
+            self.move.id,
+            self._changed,
+            1 + self._chance % step,
+            step,
+            self.hooks.also,
+            *self.paths(host),
+            step="compare both sides",
+            timeout=600,
+        ).stdout
 
     def _difference(self) -> str:
         def listing(host: Host) -> set[str]:

@@ -258,24 +258,25 @@ progress() { folder "$1"; tail -c 300 "$D/progress" 2>/dev/null | tr '\r' '\n' |
 # ---- comparing ----
 
 # manifest ID SINCE FIRST STEP ALSO PATH...: for each path a line "entries hash hashed hash-of-contents". Contents: of what has
-# changed since SINCE (epoch), of files named ALSO, and of every STEP-th file from FIRST on; up to 16 MB each, as rsync itself
-# compared the checksum of each file that it sent.
+# changed since SINCE (epoch), of files named ALSO, and of every STEP-th entry from FIRST on, if it is a file; up to 16 MB each,
+# as rsync itself compared the checksum of each file that it sent. One walk: the stat(2) of each entry is what takes time.
 manifest() {
     folder "$1"; since=$2 first=$3 step=$4 also=$5; shift 5
     for path; do
         cd "$path" || exit 1
+        sync -f . & # what comes to life must be on the disk
         find . -mindepth 1 ! -path ./.swarmmail-volume ! -path ./.swarmmail-volume.new \
+            \( -type f -size -16384k \( -newermt "@$since" -o -name "$also" \) -fprint0 "$D/contents" , \
             \( -type d -printf 'd 0 %m %U %G %T@ 0 %p\0' -o -type f -printf 'f %s %m %U %G %T@ %n %p\0' \
-            -o -printf '%y %l 0 %U %G 0 0 %p\0' \) | sort -z >"$D/manifest"
+            -o -printf '%y %l 0 %U %G 0 0 %p\0' \) \) | sort -z >"$D/manifest"
         {
-            find . -type f -size -16384k \( -newermt "@$since" -o -name "$also" \) \
-                ! -path ./.swarmmail-volume ! -path ./.swarmmail-volume.new -print0
-            grep -za '^f ' "$D/manifest" | sed -zn "$first~${step}p" | grep -zaE '^f [0-9]{1,7} ' | sed -zE 's/^([^ ]+ ){7}//'
+            cat "$D/contents"
+            sed -zn "$first~$step{/^f [0-9]\{1,7\} /{s/^\([^ ]* \)\{7\}//p}}" "$D/manifest"
         } | sort -zu >"$D/sample"
         echo "$(tr -dc '\0' <"$D/manifest" | wc -c)" "$(sha256sum <"$D/manifest" | cut -c1-64)" \
             "$(tr -dc '\0' <"$D/sample" | wc -c)" "$(xargs -0r sha256sum <"$D/sample" | sha256sum | cut -c1-64)"
+        wait
     done
-    sync -f .
 }
 
 # listing ID: the last manifest, a line an entry, what is not printable escaped

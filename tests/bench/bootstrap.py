@@ -170,7 +170,8 @@ class Bench:
                 "name": "mail",
                 "settings": {"MAIL_DOMAIN": files.MAIL_DOMAIN, "MAIL_HOSTNAME": files.MAIL_HOSTNAMES[0]},
                 "tls": {"certificate": "../.lab/tls.crt", "key": "../.lab/tls.key", "ca": "../.lab/ca.crt"},
-                "placement": {"mta": self.names[0], "mda": self.names[-1]},
+                # a service a host, as far as there are hosts: a peer that places images has one archive for each host
+                "placement": {"mta": self.names[0], "edge": self.names[1], "mda": self.names[-1]},
             },
         }
         path = self.root / "inventories" / "bench.yml"
