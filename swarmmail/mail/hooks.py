@@ -178,18 +178,23 @@ class Mda(Plain):
         """LMTP greets, seen from the MTA's own network, by name: that is the way of every delivery."""
         service = self.stack.by_role("mda")
         name = service.name if service is not None else "mda"
-        # the loop is in there: from here each try would cost a round trip
+        # The loop is in there: from here each try would cost a round trip. A try has an end: for some moments the
+        # name may still lead to the container that has just gone, and a connection to it hangs.
+        greet = (
+            f"exec 3<>/dev/tcp/{name}/24 && read -r line <&3 && "
+            '[ "${line#220}" != "$line" ] && echo "$line" && echo QUIT >&3'
+        )
         script = (
-            f'for i in $(seq 100); do {{ exec 3<>"/dev/tcp/{name}/24" && read -r -t 5 line <&3; }} 2>/dev/null && '
-            '[ "${line#220}" != "$line" ] && echo "$line" && echo QUIT >&3 && exit; sleep 0.02; done; exit 1'
+            f"limit=0.3; while [ $SECONDS -lt {GREETING} ]; do "
+            f"timeout $limit bash -c {shlex.quote(greet)} 2>/dev/null && exit; "
+            "[ $SECONDS -lt 2 ] || limit=3; sleep 0.02; done; exit 1"
         )
 
         def greeted() -> str:
-            return self._inside(script, step="LMTP from the MTA", timeout=30, program="bash")
+            return self._inside(script, step="LMTP from the MTA", timeout=2 * GREETING, program="bash")
 
         line = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(HostError)
-            | tenacity.retry_if_result(lambda text: "220" not in text),
+            retry=tenacity.retry_if_exception_type(HostError),
             stop=tenacity.stop_after_delay(GREETING),
             wait=tenacity.wait_fixed(0.02),
             retry_error_callback=lambda state: "",

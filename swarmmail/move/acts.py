@@ -189,10 +189,15 @@ class HostActs:
         self._hold_volumes(self.target)
         self._key()
 
+    def _tag(self) -> str:
+        """The image that the Swarm runs, whatever the stack's files say by now."""
+        with self.manager.doing(f"look at {self.move.service}"):
+            spec = self.manager.docker.inspect_service(f"{self.stack.name}_{self.move.service}")["Spec"]
+        return str(spec["TaskTemplate"]["ContainerSpec"]["Image"])
+
     def _image(self) -> None:
-        """The very image that runs on the source, under its tag."""
-        running = self._containers(self.source)
-        tag = running[0]["Config"]["Image"] if running else self.service.image
+        """The very image of the source, under its tag."""
+        tag = self._tag()
         with self.source.doing("look at the image"):
             here = images.inspect(self.source.docker, tag)
         with self.target.doing("look at the image"):
@@ -202,7 +207,7 @@ class HostActs:
 
     def _hold_volumes(self, host: Host) -> None:
         """A container that does nothing keeps the volumes from every prune, as long as no task has them."""
-        name = f"swarmmail-holder-{self.stack.name}-{self.move.service}"
+        name, image = f"swarmmail-holder-{self.stack.name}-{self.move.service}", self._tag()
         with host.doing("hold the volumes"):
             with contextlib.suppress(docker.errors.NotFound):
                 if host.docker.inspect_container(name)["State"]["Running"]:
@@ -218,7 +223,7 @@ class HostActs:
                 restart_policy={"Name": "unless-stopped"},
             )
             made = api.create_container(
-                self.service.image,
+                image,
                 entrypoint=["/bin/sh", "-c", HOLDING],
                 command=[],
                 name=name,

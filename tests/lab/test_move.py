@@ -102,6 +102,44 @@ def test_a_move_to_where_it_is_already_does_nothing(mailing: Project) -> None:
     assert migrate(mailing, where, check=0).stdout == f"migrate: mda is on {where} already, nothing to do\n"
 
 
+def test_what_runs_is_moved_whatever_the_files_say(mailing: Project) -> None:
+    """The stack has been edited since the last deploy: that is for the next deploy."""
+    changed = variant(mailing, "changed", {"mda/mda": lambda text: f"{text}# changed\n"})
+    source = place(mailing)
+    target = other(source)
+    mailing.fab("migrate.purge", "--inventory", MAIL, check=0)
+    before = image(mailing, source)
+    words = ("migrate", "--service", "mda", "--to", target, "--inventory", changed, "--no-verify")
+    mailing.fab(*words, timeout=240, check=0)
+    assert image(mailing, target) == before and place(mailing) == target
+    clean(mailing)
+    assert deploy(mailing, check=0).stdout == "deploy: nothing to do\n"
+
+
+def image(project: Project, host: str) -> str:
+    return project.sh(host, f"docker inspect -f '{{{{.Config.Image}}}}' {container(project, host, 'mail_mda')}")
+
+
+def test_a_way_that_is_dead_does_not_keep_the_mail(mailing: Project) -> None:
+    """For some moments the name leads to the container that has gone, too, and here nothing comes back from there: what
+    is held must not wait until a connection gives up (it was 30 s)."""
+    target = other(place(mailing))
+    mta = mailing.sh("host1", f"docker inspect -f '{{{{.State.Pid}}}}' {container(mailing, 'host1', 'mail_mta')}")
+    inside = f"nsenter -t {mta.strip()} -n nft"
+    address = mailing.sh("host1", f"docker exec {container(mailing, 'host1', 'mail_mta')} getent ahostsv4 mda").split()
+    rules = "{ type filter hook output priority 0; }"
+    mailing.sh("host1", f"{inside} add table inet planted; {inside} 'add chain inet planted out {rules}'")
+    mailing.sh("host1", f"{inside} add rule inet planted out ip daddr {address[0]} drop")
+    try:
+        result = migrate(mailing, target, check=0)
+        [away] = re.findall(r"it was away (\d+\.\d+) s", result.stdout)
+        assert float(away) < 15, str(result)
+    finally:
+        mailing.sh("host1", f"{inside} delete table inet planted")
+    token = send(mailing, USERS[0])
+    arrives(mailing, USERS[0], PASSWORD, token)
+
+
 def test_plan_and_check_change_nothing(mailing: Project) -> None:
     target = other(place(mailing))
     before = {host: mailing.sh(host, "docker volume ls -q; docker ps -aq; ls /run") for host in HOSTS}
