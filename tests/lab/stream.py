@@ -247,9 +247,8 @@ class Clients:
         )
 
 
-# One process a host, for the whole time: what looks 20 times a second must not start programs, which is most of what the
-# machine would do then.
-# A process gets its mounts in its first moments, and a fence becomes the service without being another process.
+# One process a host, for the whole time: what looks 20 times a second must not start programs, the machine would be busy
+# with little else. A process gets its mounts in its first moments, and a fence becomes the service without being another process.
 _LOOK = r"""
 import os, re, time
 mounted = re.compile(rb" [^ ]*/volumes/VOLUME/_data [^ ]+ rw")
