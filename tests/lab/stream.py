@@ -247,8 +247,8 @@ class Clients:
         )
 
 
-# One process a host, for the whole time: what looks 20 times a second must not start programs, the machine would be busy
-# with little else. A process gets its mounts in its first moments, and a fence becomes the service without being another process.
+# One process a host, for the whole time: what looks 20 times a second must not start programs, or the machine does
+# little else. A process gets its mounts in its first moments; a fence becomes the service without a new process.
 _LOOK = r"""
 import os, re, time
 mounted = re.compile(rb" [^ ]*/volumes/VOLUME/_data [^ ]+ rw")
