@@ -1,6 +1,7 @@
 """How long the MDA is away when it moves: ``fab migrate``, the naive way, and the limit, on the same hosts.
 
     python -m tests.bench.move [--sizes small,medium,large] [--reps 3] [--csv FILE]
+    python -m tests.bench.move --show FILE     the table and the plot of an earlier run
 
 Run it in the folder of the checkout, in its virtual environment, on a machine that does nothing else.
 
@@ -9,6 +10,10 @@ Ways
     naive     a copy while it runs, then stop (label off), rsync, label on the target: what a good practitioner types.
               The markers of the volumes, which forbid just that, are written by hand
     restart   ``docker restart`` of the same image in a plain container, with no data and no move at all: the limit
+
+First copies, in seconds
+    rsync     plain rsync -aHAX over SSH, from host to host, into an empty folder
+    precopy   the same by ``fab migrate``: all its passes while the service runs, and the flush to the disk
 
 Sizes
     small     10 MB / 500 files
@@ -23,9 +28,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -63,18 +70,29 @@ class Row:
     duplicated: int
 
 
-def migrate(project: Project, target: str) -> None:
+WAYS = ("migrate", "naive", "restart")
+
+
+def migrate(project: Project, target: str) -> str:
     words = ("migrate", "--service", "mda", "--to", target, "--inventory", MAIL, NO_PROOF, "--times")
-    for line in project.fab(*words, timeout=1800, check=0).stdout.splitlines():
+    said = project.fab(*words, timeout=1800, check=0).stdout
+    for line in said.splitlines():
         report.progress(line)
+    return said
+
+
+def rsync(project: Project, source: str, target: str, there: str) -> str:
+    """The command that copies the mail volume of ``source`` into a folder of ``target``."""
+    key = "ssh -i /run/naive -o StrictHostKeyChecking=no -o LogLevel=ERROR"
+    path = volume(project, source, "mail_mail")
+    return f"rsync -aHAX --numeric-ids --delete -e '{key}' {path}/ root@{project.address(target)}:{there}/"
 
 
 def naive(project: Project, target: str) -> None:
     source = place(project)
     path = volume(project, source, "mail_mail")
     there = volume(project, target, "mail_mail")
-    key = "ssh -i /run/naive -o StrictHostKeyChecking=no -o LogLevel=ERROR"
-    copy = f"rsync -aHAX --numeric-ids --delete -e '{key}' {path}/ root@{project.address(target)}:{there}/"
+    copy = rsync(project, source, target, there)
     project.sh(source, copy + " || [ $? = 24 ]", timeout=1800)
     node = {raw["Spec"]["Labels"]["swarmmail.host"]: raw["ID"] for raw in project.host("host1").docker.nodes()}
     project.sh("host1", f"docker node update --label-rm swarmmail.mda {node[source]}")
@@ -128,15 +146,43 @@ def limit(project: Project, size: str) -> Row:
     return Row("restart", size, round(longest(moments), 2), 0, 0, 0)
 
 
-def fill(project: Project, size: str) -> None:
-    """Both hosts hold the data: a first copy takes as long as it takes, and is no part of the gap."""
+def fill(project: Project, size: str) -> list[Row]:
+    """Both hosts hold the data: a first copy takes as long as it takes, and is no part of the gap. The first copies."""
     megabytes, files = SIZES[size]
-    host = place(project)
-    root = volume(project, host, "mail_mail")
+    source = place(project)
+    target = other(source)
+    root = volume(project, source, "mail_mail")
     script = FILL.format(root=root, megabytes=megabytes, files=files)
-    project.sh(host, f"rm -rf {root}/padding; python3 - <<'EOF'\n{script}\nEOF", timeout=1800)
-    migrate(project, other(host))
-    migrate(project, host)
+    project.sh(source, f"rm -rf {root}/padding; python3 - <<'EOF'\n{script}\nEOF", timeout=1800)
+    project.fab("migrate.purge", "--inventory", MAIL, check=0)
+    rows = []
+    project.sh(target, "rm -rf /var/lib/docker/plain; sync")
+    began = time.monotonic()
+    project.sh(source, rsync(project, source, target, "/var/lib/docker/plain") + " || [ $? = 24 ]", timeout=1800)
+    rows.append(Row("rsync", size, 0, round(time.monotonic() - began, 1), 0, 0))
+    project.sh(target, "rm -rf /var/lib/docker/plain; sync")
+    [seconds] = re.findall(r"^precopy +(\S+)", migrate(project, target), re.M)
+    rows.append(Row("precopy", size, 0, round(float(seconds), 1), 0, 0))
+    migrate(project, source)
+    return rows
+
+
+def show(rows: Sequence[Row]) -> None:
+    """The table, the medians, and the gaps as bars."""
+    names = [field.name for field in fields(Row)]
+    report.table("", names, [tuple(map(str, astuple(row))) for row in rows])
+    sizes = list(dict.fromkeys(row.size for row in rows))
+    for size in sizes:
+        first = {row.way: row.seconds for row in rows if row.size == size and row.way not in WAYS}
+        if first:
+            report.result(f"{size}, first copy: {first['precopy']} s, plain rsync {first['rsync']} s")
+    report.result("")
+    longest_gap = max(row.gap for row in rows)
+    for size in sizes:
+        for way in WAYS:
+            gaps = [row.gap for row in rows if (row.way, row.size) == (way, size)]
+            bar = "\u2588" * max(1, round(60 * statistics.median(gaps) / longest_gap))
+            report.result(f"{size:7}{way:8}{bar} {statistics.median(gaps):.2f} s (at most {max(gaps):.2f})")
 
 
 def main() -> int:
@@ -144,26 +190,27 @@ def main() -> int:
     parser.add_argument("--sizes", default="small,medium")
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--show", type=Path)
     given = parser.parse_args()
-    names = [field.name for field in fields(Row)]
+    if given.show:
+        with given.show.open(newline="") as file:
+            table = list(csv.reader(file))[1:]
+        show([Row(a, b, float(c), float(d), int(e), int(f)) for a, b, c, d, e, f in table])
+        return 0
     rows: list[Row] = []
     with own_lab("move") as project:
         accounts_for(project)
         let_in(project)
         for size in given.sizes.split(","):
-            fill(project, size)
+            rows += fill(project, size)
             for _ in range(given.reps):
-                for way in ("migrate", "naive", "restart"):
+                for way in WAYS:
                     rows.append(limit(project, size) if way == "restart" else measured(project, way, size))
                     report.progress(" ".join(map(str, astuple(rows[-1]))))
     if given.csv:
         with given.csv.open("w", newline="") as file:
-            csv.writer(file).writerows([names, *map(astuple, rows)])
-    report.table("", names, [tuple(map(str, astuple(row))) for row in rows])
-    for size in given.sizes.split(","):
-        for way in ("migrate", "naive", "restart"):
-            gaps = [row.gap for row in rows if (row.way, row.size) == (way, size)]
-            report.result(f"{size}, {way}: gap {statistics.median(gaps):.2f} s, at most {max(gaps):.2f} s")
+            csv.writer(file).writerows([[field.name for field in fields(Row)], *map(astuple, rows)])
+    show(rows)
     return 0
 
 
