@@ -61,6 +61,9 @@ from swarmmail.model import inventory as model
 from swarmmail.model.errors import SwarmmailError
 
 REPO = Path(__file__).resolve().parents[2]
+# A job in the background of a shell's script ignores Ctrl-C, and what it starts would ignore it, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HOSTS = ("host1", "host2", "host3")
 CLUSTER = "cluster"
 """Name of the inventory that ``clustered`` uses: three managers, no stack."""

@@ -201,6 +201,17 @@ def _cut(seconds: int) -> Act:
     return do
 
 
+ALONE = (
+    "nft add table inet planted; "
+    "nft 'add chain inet planted in { type filter hook input priority -400; }'; "
+    "nft 'add chain inet planted out { type filter hook output priority -400; }'; "
+    "nft add rule inet planted in iifname != lo drop; nft add rule inet planted out oifname != lo drop; "
+    "(sleep 15; nft delete table inet planted) >/dev/null 2>&1 &"
+)
+"""Nothing comes in and nothing gets out, for some seconds: neither the operator's SSH nor the Swarm's own words."""
+ANY = ("undone", "left", "moved")
+HANG_UP = "pkill -x sshd-session"
+
 FAULTS = {
     "rsync killed on the source": Fault("prepare", _killed_rsync("source"), slow=True),
     "rsync killed on the target": Fault("prepare", _killed_rsync("target"), slow=True, ends=("moved",)),
@@ -211,9 +222,13 @@ FAULTS = {
     "Docker restarted on the target": Fault("prepare", _on("target", RESTART), slow=True),
     "Docker restarted on the target, which stands by": Fault("standby", _on("target", RESTART)),
     "target gone": Fault("precopy", _gone("target"), _whole_again, ends=("undone", "left")),
-    "source gone": Fault("standby", _gone("source"), _whole_again, ends=("undone", "left", "moved")),
+    "source gone": Fault("standby", _gone("source"), _whole_again, ends=ANY),
+    "the manager cut off for a moment": Fault("standby", _on("host1", ALONE), _whole_again, ends=ANY),
+    "the source cut off for a moment": Fault("standby", _on("source", ALONE), _whole_again, ends=ANY),
+    "the operator's connection to the source lost": Fault("prepare", _on("source", HANG_UP), slow=True, ends=ANY),
+    "the operator's connection to the manager lost": Fault("standby", _on("host1", HANG_UP), ends=ANY),
     "interrupted": Fault("precopy", _interrupt, ends=("undone",)),
-    "interrupted twice": Fault("standby", _interrupt_twice, ends=("undone", "left", "moved")),
+    "interrupted twice": Fault("standby", _interrupt_twice, ends=ANY),
     "the label taken off the source by hand": Fault(
         "standby", lambda scene: scene.node("--label-rm swarmmail.mda", scene.source)
     ),

@@ -18,6 +18,7 @@ from mailing import PASSWORD, arrives, container, deploy, healed, mark, marker, 
 from moving import (
     FAULTS,
     KILLED,
+    NO_PROOF,
     READER,
     USERS,
     accounts_for,
@@ -173,6 +174,30 @@ def test_killed_at_random_and_run_again(mailing: Project) -> None:
 def test_other_faults(mailing: Project) -> None:
     rng = random.Random(SEED)  # noqa: S311
     survive(mailing, rng.sample(sorted(FAULTS.keys() - set(KILLED)), k=OTHERS), rng)
+
+
+def test_a_target_that_does_not_serve_is_said_and_can_be_left(mailing: Project) -> None:
+    """The data is there and LMTP is not: nothing may start on the source any more, and moving back is a move."""
+    source = place(mailing)
+    target = other(source)
+    process = mailing.start("migrate", "--service", "mda", "--to", target, "--inventory", MAIL, NO_PROOF)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if " s  standby: " in line:
+            break
+    task = container(mailing, target, "mail_mda")
+    inside = f"nsenter -t $(docker inspect -f '{{{{.State.Pid}}}}' {task}) -n nft"
+    rules = "{ type filter hook input priority 0; }"
+    mailing.sh(target, f"{inside} add table inet planted; {inside} 'add chain inet planted in {rules}'")
+    mailing.sh(target, f"{inside} add rule inet planted in iifname != lo tcp dport 24 drop")
+    said = mailing.finish(process, 300)
+    said.error(target, "has its data on .* and does not answer: no LMTP greeting within 20 s")
+    assert place(mailing) == target
+    clean(mailing)
+    mailing.sh(target, f"{inside} delete table inet planted")
+    migrate(mailing, source, check=0)
+    token = send(mailing, USERS[0])
+    arrives(mailing, USERS[0], PASSWORD, token)
 
 
 @pytest.mark.parametrize("state", ["stale", "copied by hand", "foreign", "unmarked", "empty"])
