@@ -32,7 +32,7 @@ from swarmmail.model.inventory import Inventory
 from swarmmail.model.move import JOURNAL
 from swarmmail.model.patience import patient
 from swarmmail.model.placement import LIVE, Place, place
-from swarmmail.model.stack import Filling, Service, StackFile, fixed_host
+from swarmmail.model.stack import Filling, Service, StackFile, first_host
 from swarmmail.model.swarm import PLACED
 
 STACK_OBJECT = "swarmmail.stack"
@@ -137,23 +137,13 @@ def decide(
     if unlabelled:
         raise Refused(f"{', '.join(unlabelled)} is not in the Swarm", step="deploy", hint="run: fab bootstrap")
     places = {
-        name: place(
-            inventory.cluster,
-            stack,
-            service,
-            inventory.stack.placement[name],
-            seen.observed.hosts,
-            seen.swarm,
-        )
+        name: place(inventory.cluster, stack, service, first, seen.observed.hosts, seen.swarm)
         for name, service in stack.services.items()
-        if service.volumes
+        if (first := first_host(service, inventory))
     }
     _ports_free(fleet, stack, seen, places)
     answering = [name for name, facts in seen.observed.hosts.items() if not facts.unreachable]
-    fixed = {
-        name: places[name].host if name in places else fixed_host(s, inventory) for name, s in stack.services.items()
-    }
-    targets = {name: [host] if host else answering for name, host in fixed.items()}
+    targets = {name: [places[name].host] if name in places else answering for name in stack.services}
     known, missing = _images(fleet, stack, targets)
     known = {**(built or {}), **known}
     to_build = tuple(
@@ -182,7 +172,8 @@ def decide(
             volumes = ", ".join(stack.volume_name(volume) for volume in stack.services[name].volumes)
             changes.append(Change(f"make volume {volumes} on {where.host}, generation {where.generation}"))
         elif where.label:
-            changes.append(Change(f"label the node of {where.host}: {name} has its data there"))
+            why = "has its data there" if stack.services[name].volumes else "is bound to it"
+            changes.append(Change(f"label the node of {where.host}: {name} {why}"))
     existing = _objects(seen)
     files = {key: data for key, data in files.items() if key not in existing}
     changes += [Change(f"make {kind} {name}") for kind, name in files]
@@ -223,14 +214,14 @@ def _no_move(seen: Seen) -> None:
 
 
 def _silent_hosts(placement: Mapping[str, str], seen: Seen) -> list[str]:
-    """Hosts that do not answer: nothing can be said of data there, so a service that may have some stops deploy."""
+    """Hosts that do not answer: nothing can be said of data there, so a service that is bound to one stops deploy."""
     notes = []
     for name, facts in seen.observed.hosts.items():
         if facts.unreachable:
             node = seen.swarm.node_of(name)
             if (node is not None and node.places) or name in placement.values():
                 raise Unreachable(
-                    facts.unreachable, host=name, step="ssh", hint="it has, or shall have, data of the stack"
+                    facts.unreachable, host=name, step="ssh", hint="it has, or shall have, a service of the stack"
                 )
             notes.append(f"{name} does not answer ({facts.unreachable}); deploy goes on without it")
     return notes
