@@ -14,7 +14,7 @@ from swarmmail.mail import hooks, services
 from swarmmail.mail.services import Seen
 from swarmmail.model import move as model
 from swarmmail.model import stack as stacks
-from swarmmail.model.errors import InputError, Refused
+from swarmmail.model.errors import InputError, Refused, SwarmmailError
 from swarmmail.model.move import Measured, Move
 from swarmmail.model.placement import LIVE, markers_of, place
 from swarmmail.model.stack import Service, StackFile
@@ -66,6 +66,8 @@ class Done:
     times: Times
     gap: float | None
     lines: tuple[str, ...] = ()
+    failure: SwarmmailError | None = None
+    """What has to be done by hand: the service is on the target all the same."""
 
 
 def _service(stack: StackFile, name: str) -> Service:
@@ -140,6 +142,7 @@ def check(fleet: Fleet, seen: Seen, name: str, to: str) -> Found:
         notes.append(f"{to} has an older copy: only what differs is sent")
     hook = hooks.of(fleet, stack, service.role)
     notes += hook.before(fleet[to])
+    steps = model.steps(service.name, source, to, hook.live_copy, hook=hook.address_hook is not None)
     seconds, gap = model.estimate(measured[source], measured[to], RATE, hook.live_copy)
     return Found(
         move,
@@ -147,7 +150,7 @@ def check(fleet: Fleet, seen: Seen, name: str, to: str) -> Found:
         measured[to],
         tuple(notes),
         tuple(problems),
-        model.steps(service.name, source, to, hook.live_copy),
+        steps,
         seconds,
         gap,
     )
@@ -268,8 +271,8 @@ def _without_source(fleet: Fleet, seen: Seen, name: str, to: str, options: Optio
     opened = journal.begin(seen.manager, move)
     opened.advance(model.Phase.CUTOVER)
     model.Run(move, made, opened, times.watch).finish()
-    lines = (*made.lines, f"{source.host} may come back: its copy is refused, and can be removed by migrate.purge")
-    return Done(move, times, made.gap, lines)
+    made.lines.append(f"{source.host} may come back: its copy is refused, and can be removed by migrate.purge")
+    return _done(made, times)
 
 
 def _acts(fleet: Fleet, move: Move, seen: Seen, options: Options, files: int = 0) -> HostActs:
@@ -278,18 +281,22 @@ def _acts(fleet: Fleet, move: Move, seen: Seen, options: Options, files: int = 0
     return HostActs(fleet, stack, move, seen.manager, hook, bwlimit=options.bwlimit, files=files)
 
 
+def _done(made: HostActs, times: Times) -> Done:
+    return Done(made.move, times, made.gap, tuple(made.lines), made.failure)
+
+
 def _forward(fleet: Fleet, seen: Seen, found: Found, options: Options) -> Done:
     made = _acts(fleet, found.move, seen, options, found.need.files)
     times = Times()
     model.Run(found.move, made, journal.begin(seen.manager, found.move), times.watch).forward()
-    return Done(found.move, times, made.gap, tuple(made.lines))
+    return _done(made, times)
 
 
 def _recover(fleet: Fleet, seen: Seen, left: journal.Journal, options: Options) -> Done | None:
     made = _acts(fleet, left.move, seen, options)
     times = Times()
     if model.Run(left.move, made, left, times.watch).recover():
-        return Done(left.move, times, made.gap, tuple(made.lines))
+        return _done(made, times)
     report.progress(f"undone: {left.move.service} serves on {left.move.source}")
     return None
 
