@@ -370,7 +370,8 @@ class Edge(Public):
         host = services.running(self.fleet, services.observe(self.fleet), "edge").host
         return [
             str(probe.run(self.fleet, self.stack)),
-            f"people read their mail at {host.name} ({host.spec.address}) now: mail programs must find it there",
+            f"people read their mail at {host.name} ({host.spec.address}) now: mail programs must find it there "
+            "(DNS, floating address)",
         ]
 
 

@@ -1,4 +1,4 @@
-"""Moving a service with its data."""
+"""Moving a service, with its data if it has any."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def migrate(
     yes: bool = False,
     no_verify: bool = False,
 ) -> None:
-    """Move a service with its data to another host; no mail is lost.
+    """Move a service to another host, with its data if it has any; no mail is lost.
 
     Changes: a copy of its volumes on the target, which becomes the live one; the old copy stays, marked stale, until
-    migrate.purge. When the MTA has moved, stack.address_hook is run. Killed anywhere, the same command finishes the
-    move, or undoes it and begins again.
+    migrate.purge. A service without data (edge) answers on the target before it ends where it was. When the MTA or the
+    edge has moved, stack.address_hook is run. Killed anywhere, the same command finishes the move, or undoes it and
+    begins again.
     --source-is-dead makes an older copy on the target the live one, when the source is lost for good; it needs --yes.
     --check-only looks whether it can be done; --plan shows the steps too; --times prints the seconds of each step.
     """
