@@ -41,6 +41,8 @@ START_LIMIT = patient(120)  # seconds for all tasks to run and be healthy
 SETTLES = 5
 """Seconds within which the Swarm acts on a constraint that does not hold any more, or on a node that came back."""
 FAILED = ("failed", "rejected")
+HELD = "port is already allocated"
+"""Docker's words when a container there has the port: the service's own, which is stopping. The Swarm tries again."""
 PORT_PATIENCE = model.MAX_GRACE + 5
 """Seconds that the task before may take to stop and free its port."""
 _FENCE = resources.files(__package__).joinpath("fence.sh").read_bytes()
@@ -598,7 +600,8 @@ def _missing(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Tr
     if not current:
         return "no task yet"
     for task in current:
-        if task["Status"]["State"] in FAILED and task["ID"] not in trouble.before:
+        failed = task["Status"]["State"] in FAILED and HELD not in str(task["Status"].get("Err", ""))
+        if failed and task["ID"] not in trouble.before:
             trouble.failed.add(task["ID"])
     alive = [task for task in current if task["DesiredState"] in ("ready", "running")]
     newest = alive[0] if alive else current[0]
