@@ -36,7 +36,9 @@ from swarmmail.model.check_pair import End
 from swarmmail.model.errors import HostError, InputError, SwarmmailError
 from swarmmail.model.findings import Finding, Level
 from swarmmail.model.inventory import Inventory
-from swarmmail.model.stack import fixed_host, read
+from swarmmail.model.placement import known_host
+from swarmmail.model.stack import read
+from swarmmail.model.swarm import Swarm
 
 _SCRIPT = resources.files(__package__).joinpath("check.sh").read_text()
 _AGENT = resources.files(__package__).joinpath("probe.py").read_bytes()
@@ -137,7 +139,7 @@ def _measured(inventory: Inventory, observed: Observed) -> Measured:
         encryption=design.encryption if design is not None else _encryption(inventory, observed),
         design=design,
         refused=tuple(refused),
-        published=_published(inventory),
+        published=_published(inventory, observed.swarm),
     )
 
 
@@ -150,7 +152,7 @@ def _encryption(inventory: Inventory, observed: Observed) -> str:
     return "wireguard"
 
 
-def _published(inventory: Inventory) -> tuple[Published, ...]:
+def _published(inventory: Inventory, swarm: Swarm | None) -> tuple[Published, ...]:
     if inventory.stack is None:
         return ()
     try:
@@ -158,11 +160,7 @@ def _published(inventory: Inventory) -> tuple[Published, ...]:
     except (InputError, OSError):
         return ()  # deploy tells what is wrong with it
     return tuple(
-        Published(
-            service.name,
-            service.ports,
-            inventory.stack.placement.get(service.name) or fixed_host(service, inventory) or None,
-        )
+        Published(service.name, service.ports, known_host(service, inventory, swarm) or None)
         for service in file.services.values()
         if service.ports
     )

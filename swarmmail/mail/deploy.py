@@ -32,7 +32,7 @@ from swarmmail.model.inventory import Inventory
 from swarmmail.model.move import JOURNAL
 from swarmmail.model.patience import patient
 from swarmmail.model.placement import LIVE, Place, place
-from swarmmail.model.stack import Filling, Service, StackFile, fixed_host
+from swarmmail.model.stack import Filling, Service, StackFile, first_host
 from swarmmail.model.swarm import PLACED
 
 STACK_OBJECT = "swarmmail.stack"
@@ -41,6 +41,8 @@ START_LIMIT = patient(120)  # seconds for all tasks to run and be healthy
 SETTLES = 5
 """Seconds within which the Swarm acts on a constraint that does not hold any more, or on a node that came back."""
 FAILED = ("failed", "rejected")
+HELD = "port is already allocated"
+"""Docker's words when a container there has the port: the service's own, which is stopping. The Swarm tries again."""
 PORT_PATIENCE = model.MAX_GRACE + 5
 """Seconds that the task before may take to stop and free its port."""
 _FENCE = resources.files(__package__).joinpath("fence.sh").read_bytes()
@@ -137,23 +139,13 @@ def decide(
     if unlabelled:
         raise Refused(f"{', '.join(unlabelled)} is not in the Swarm", step="deploy", hint="run: fab bootstrap")
     places = {
-        name: place(
-            inventory.cluster,
-            stack,
-            service,
-            inventory.stack.placement[name],
-            seen.observed.hosts,
-            seen.swarm,
-        )
+        name: place(inventory.cluster, stack, service, first, seen.observed.hosts, seen.swarm)
         for name, service in stack.services.items()
-        if service.volumes
+        if (first := first_host(service, inventory))
     }
     _ports_free(fleet, stack, seen, places)
     answering = [name for name, facts in seen.observed.hosts.items() if not facts.unreachable]
-    fixed = {
-        name: places[name].host if name in places else fixed_host(s, inventory) for name, s in stack.services.items()
-    }
-    targets = {name: [host] if host else answering for name, host in fixed.items()}
+    targets = {name: [places[name].host] if name in places else answering for name in stack.services}
     known, missing = _images(fleet, stack, targets)
     known = {**(built or {}), **known}
     to_build = tuple(
@@ -182,7 +174,8 @@ def decide(
             volumes = ", ".join(stack.volume_name(volume) for volume in stack.services[name].volumes)
             changes.append(Change(f"make volume {volumes} on {where.host}, generation {where.generation}"))
         elif where.label:
-            changes.append(Change(f"label the node of {where.host}: {name} has its data there"))
+            why = "has its data there" if stack.services[name].volumes else "is bound to it"
+            changes.append(Change(f"label the node of {where.host}: {name} {why}"))
     existing = _objects(seen)
     files = {key: data for key, data in files.items() if key not in existing}
     changes += [Change(f"make {kind} {name}") for kind, name in files]
@@ -223,14 +216,14 @@ def _no_move(seen: Seen) -> None:
 
 
 def _silent_hosts(placement: Mapping[str, str], seen: Seen) -> list[str]:
-    """Hosts that do not answer: nothing can be said of data there, so a service that may have some stops deploy."""
+    """Hosts that do not answer: nothing can be said of data there, so a service that is bound to one stops deploy."""
     notes = []
     for name, facts in seen.observed.hosts.items():
         if facts.unreachable:
             node = seen.swarm.node_of(name)
             if (node is not None and node.places) or name in placement.values():
                 raise Unreachable(
-                    facts.unreachable, host=name, step="ssh", hint="it has, or shall have, data of the stack"
+                    facts.unreachable, host=name, step="ssh", hint="it has, or shall have, a service of the stack"
                 )
             notes.append(f"{name} does not answer ({facts.unreachable}); deploy goes on without it")
     return notes
@@ -607,7 +600,8 @@ def _missing(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Tr
     if not current:
         return "no task yet"
     for task in current:
-        if task["Status"]["State"] in FAILED and task["ID"] not in trouble.before:
+        failed = task["Status"]["State"] in FAILED and HELD not in str(task["Status"].get("Err", ""))
+        if failed and task["ID"] not in trouble.before:
             trouble.failed.add(task["ID"])
     alive = [task for task in current if task["DesiredState"] in ("ready", "running")]
     newest = alive[0] if alive else current[0]

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
+import signal
+import subprocess
+import tempfile
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import tenacity
@@ -17,10 +23,12 @@ from swarmmail.mail import probe, services
 from swarmmail.mail.accounts import Accounts
 from swarmmail.mail.services import Container
 from swarmmail.model.errors import HostError, Refused, SwarmmailError
+from swarmmail.model.patience import patient
 from swarmmail.model.stack import StackFile
 
 GREETING = 20  # seconds for a service that was started to answer
 STUCK = 60  # seconds without progress after which what was held counts as stuck
+ADDRESS_LIMIT = patient(60)  # seconds for the address hook
 
 
 class Hooks(Protocol):
@@ -32,6 +40,8 @@ class Hooks(Protocol):
     """A port (TCP, in the container) whose connections must have ended before the service is stopped."""
     also: str
     """Files of this name are compared by content, wherever they are."""
+    address_hook: Path | None
+    """The operator's program that lets the public address follow; None: there is none, or no public address."""
 
     def before(self, target: Host) -> list[str]:
         """What people must know or do; said before anything is done."""
@@ -46,6 +56,9 @@ class Hooks(Protocol):
     def answers(self, host: Host, pid: int) -> None:
         """Raises HostError unless the service on ``host``, first process ``pid``, answers those who need it."""
 
+    def follow(self, source: Host, target: Host) -> None:
+        """Run the address hook, if there is one. Raises HostError when it fails."""
+
     def after(self) -> list[str]:
         """What there is to see when all is done; lines for people."""
 
@@ -56,6 +69,7 @@ class Plain:
     live_copy = True
     port: int | None = None
     also = "\\"
+    address_hook: Path | None = None
 
     def __init__(self, fleet: Fleet, stack: StackFile) -> None:
         self.fleet, self.stack = fleet, stack
@@ -70,6 +84,8 @@ class Plain:
     def release(self) -> None: ...
 
     def answers(self, host: Host, pid: int) -> None: ...
+
+    def follow(self, source: Host, target: Host) -> None: ...
 
     def after(self) -> list[str]:
         return []
@@ -235,18 +251,88 @@ class Mda(Plain):
         return [*lines, str(probe.run(self.fleet, self.stack))]
 
 
-class Mta(Plain):
+def last_words(words: Sequence[str], limit: float) -> str:
+    """Run a program of the operator's, with no input: why it failed, by its own last line; empty when it did not.
+
+    Args:
+        limit: seconds; then it is ended, with all that it has started.
+    """
+    with tempfile.TemporaryFile() as said:  # no pipe: what it leaves running may keep the other end open
+        try:
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            return f"can't be run: {error.strerror}"
+        try:
+            status = process.wait(limit)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                return f"took longer than {limit:g} s and was ended"
+            raise
+        said.seek(0)
+        lines = [line.strip() for line in said.read().decode(errors="replace").splitlines() if line.strip()]
+    if status == 0:
+        return ""
+    last = "".join(char for char in lines[-1] if char.isprintable()) if lines else "no message"
+    return f"exit status {status}: {last}"
+
+
+class Public(Plain):
+    """What the world connects to. When it has moved, its public address has to follow."""
+
+    role: str
+    meanwhile: str
+    """What becomes of those who connect before the address has followed."""
+
+    def __init__(self, fleet: Fleet, stack: StackFile) -> None:
+        super().__init__(fleet, stack)
+        assert fleet.inventory.stack is not None
+        self.address_hook = fleet.inventory.stack.address_hook
+
+    def name(self) -> str:
+        """The name by which the world finds it."""
+        raise NotImplementedError
+
+    def before(self, target: Host) -> list[str]:
+        address = target.spec.address
+        how = (
+            f"{self.address_hook} will be run to make {self.name()} lead to {address}"
+            if self.address_hook is not None
+            else f"make {self.name()} lead to {address} (DNS, its TTL made short some time before; or move the "
+            "floating address)"
+        )
+        return [f"the public address moves, too: {how}. {self.meanwhile}"]
+
+    def follow(self, source: Host, target: Host) -> None:
+        if self.address_hook is None:
+            return
+        told = (self.role, source.name, target.name, source.spec.address, target.spec.address)
+        words = (str(self.address_hook), *told)
+        by_hand = f"make {self.name()} lead to {target.spec.address} by hand"
+        if why := last_words(words, ADDRESS_LIMIT):
+            raise HostError(
+                f"{self.address_hook.name}: {why}",
+                host=target.name,
+                step="address hook",
+                hint=f"{by_hand}, or mend it and run: {shlex.join(words)}",
+            )
+        report.progress(f"address hook: {shlex.join(told)}", target.name)
+
+
+class Mta(Public):
     """Its queue is not copied while it runs: a mail would be in two. Others try again while port 25 refuses."""
 
     live_copy = False
+    role = "mta"
+    meanwhile = "Senders that find nobody try again"
 
-    def before(self, target: Host) -> list[str]:
+    def name(self) -> str:
         assert self.fleet.inventory.stack is not None
-        name = self.fleet.inventory.stack.settings.get("MAIL_HOSTNAME", "the name of the MX record")
-        return [
-            f"the public address moves, too: make {name} lead to {target.spec.address} (DNS, its TTL made short some "
-            "time before; or move the floating address). Senders that find nobody try again"
-        ]
+        return self.fleet.inventory.stack.settings.get("MAIL_HOSTNAME", "the name of the MX record")
 
     def answers(self, host: Host, pid: int) -> None:
         script = 'exec 3<>/dev/tcp/127.0.0.1/25 && read -r -t 5 line <&3 && echo "$line" && echo QUIT >&3'
@@ -273,5 +359,26 @@ class Mta(Plain):
         ]
 
 
+class Edge(Public):
+    """People's mail programs connect to it. It has no data, so it answers on both hosts until the move is over."""
+
+    role = "edge"
+    meanwhile = "Mail programs that were connected to the old one connect anew"
+
+    def name(self) -> str:
+        return "the name that mail programs use"
+
+    def answers(self, host: Host, pid: int) -> None:
+        probe.imap_greets(self.fleet, self.stack, host)
+
+    def after(self) -> list[str]:
+        host = services.running(self.fleet, services.observe(self.fleet), "edge").host
+        return [
+            str(probe.run(self.fleet, self.stack)),
+            f"people read their mail at {host.name} ({host.spec.address}) now: mail programs must find it there "
+            "(DNS, floating address)",
+        ]
+
+
 def of(fleet: Fleet, stack: StackFile, role: str) -> Hooks:
-    return {"mda": Mda, "mta": Mta}.get(role, Plain)(fleet, stack)
+    return {"mda": Mda, "mta": Mta, "edge": Edge}.get(role, Plain)(fleet, stack)

@@ -18,6 +18,7 @@ from typing import TypeVar
 import tenacity
 
 from swarmmail import report
+from swarmmail.hosts.connection import Host
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail import services
 from swarmmail.mail.accounts import Accounts
@@ -158,7 +159,13 @@ def _submit(fleet: Fleet, host: str, port: int, address: str, token: str) -> Non
         raise HostError(f"SMTP: {error}", host=host, step="probe", hint="see: fab status") from None
 
 
-def login(fleet: Fleet, host: str, port: int, imaps: bool, address: str, password: str) -> imaplib.IMAP4:
+def greeted(fleet: Fleet, host: str, port: int, imaps: bool) -> imaplib.IMAP4:
+    """A connection to ``port`` of this machine, which leads to ``host``: IMAP greets, with the deployed certificate.
+
+    Raises:
+        HostError: it shows another certificate.
+        OSError, imaplib.IMAP4.error: it does not greet.
+    """
     client: imaplib.IMAP4
     if imaps:
         client = _patiently(lambda: imaplib.IMAP4_SSL("127.0.0.1", port, ssl_context=_context(), timeout=TIMEOUT))
@@ -167,6 +174,26 @@ def login(fleet: Fleet, host: str, port: int, imaps: bool, address: str, passwor
         client.starttls(_context())
     sock = client.socket()
     _same_certificate(fleet, host, sock.getpeercert(True) if isinstance(sock, ssl.SSLSocket) else None)
+    return client
+
+
+def imap_greets(fleet: Fleet, stack: StackFile, host: Host) -> None:
+    """Raises HostError unless IMAP greets where people come to a host."""
+    _, port = door(stack)
+    try:
+        with host.forward(host.spec.advertise, port) as local:
+            greeted(fleet, host.name, local, port == 993).logout()
+    except (imaplib.IMAP4.error, OSError, EOFError) as error:
+        raise HostError(
+            f"no IMAP greeting at port {port}: {error or type(error).__name__}",
+            host=host.name,
+            step="serve",
+            hint="see: fab status",
+        ) from None
+
+
+def login(fleet: Fleet, host: str, port: int, imaps: bool, address: str, password: str) -> imaplib.IMAP4:
+    client = greeted(fleet, host, port, imaps)
     client.login(address, password)
     return client
 

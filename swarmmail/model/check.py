@@ -155,7 +155,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Published:
-    """Ports that the stack publishes, and where its service begins."""
+    """Ports that the stack publishes, and where their service is, or begins."""
 
     service: str
     ports: tuple[int, ...]

@@ -91,6 +91,7 @@ class Stack(Section):
     settings: dict[values.SettingName, values.Setting] = Field({}, description="a mapping from name to text")
     tls: Tls | None = None
     placement: dict[str, str] = Field({}, description="a mapping from service to host")
+    address_hook: values.FilePath | None = Field(None, description="a path")
 
 
 class File(Section):
@@ -347,7 +348,7 @@ def _check_stack(file: File, names: list[str]) -> Problems:
 
 
 def check_files(inventory: Inventory) -> list[str]:
-    """What is missing or unreadable among the files that the inventory names, each with its line."""
+    """What is missing, unreadable or no program among the files that the inventory names, each with its line."""
     document = yamlfile.read(inventory.path)
     wanted: dict[tuple[str, ...], Path] = {}
     for host in inventory.hosts.values():
@@ -359,11 +360,22 @@ def check_files(inventory: Inventory) -> list[str]:
         wanted["stack", "path"] = stack.path / "stack.yml"
         if stack.tls:
             wanted |= {("stack", "tls", key): path for key, path in stack.tls if path}
+        if stack.address_hook:
+            wanted["stack", "address_hook"] = stack.address_hook
     return [
-        document.problem(place, f"{path}: {'no such file' if not path.exists() else 'cannot be read'}")
+        document.problem(place, f"{path}: {wrong}")
         for place, path in wanted.items()
-        if not (path.is_file() and os.access(path, os.R_OK))
+        if (wrong := _unusable(path, program=place[-1] == "address_hook"))
     ]
+
+
+def _unusable(path: Path, program: bool) -> str:
+    """Why a file can't be read, or be run if it is a program; empty when it can."""
+    if not path.exists():
+        return "no such file"
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        return "cannot be read"
+    return "is not executable; chmod +x it" if program and not os.access(path, os.X_OK) else ""
 
 
 def choose_inventory(explicit: str | None, environ: Mapping[str, str], fabric_config: str | None, folder: Path) -> Path:

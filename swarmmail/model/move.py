@@ -1,4 +1,4 @@
-"""The move of a service with its data: steps, their order, and what a run that was killed leaves to do. Pure.
+"""The move of a service, with its data if it has any: steps, their order, and what a killed run leaves to do. Pure.
 
 Five phases. The journal in the Swarm names the one that was begun last, so it alone decides what comes next:
 
@@ -15,6 +15,8 @@ after    the target serves                            finished: only tidying is 
 
 The order of the acts keeps the invariants: the target's marker becomes ``live`` only when the journal says ``cutover``,
 the source's marker ``live`` again only while it does not. Neither happens before the other side can't run.
+
+A service without data takes the same way with fewer steps: it serves on the target before it ends on the source.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class Move:
     source_node: str
     target_node: str
     volumes: tuple[str, ...]
-    """As Docker names them."""
+    """As Docker names them; none: the service has no data."""
     generation: int
     """That of the copy on the target."""
     started: float
@@ -104,8 +106,29 @@ class Step:
     undo: str | None = ""
 
 
-def steps(service: str, source: str, target: str, live_copy: bool = True) -> tuple[Step, ...]:
-    """What a move does, for people, in order. The names are those of ``Acts``."""
+def steps(
+    service: str, source: str, target: str, live_copy: bool = True, *, data: bool = True, hook: bool = False
+) -> tuple[Step, ...]:
+    """What a move does, for people, in order. The names are those of ``Acts``.
+
+    Args:
+        live_copy: the volumes may be copied while the service runs.
+        data: there are volumes.
+        hook: the public address follows by a program of the operator's.
+    """
+    told = Step("address", Phase.CUTOVER, f"the address hook: let the public address follow to {target}", None)
+    address = (told,) if hook else ()
+    if not data:
+        return (
+            Step("prepare", Phase.COPY, f"bring the image to {target}"),
+            Step(
+                "standby", Phase.COPY, f"label {target}: {service} answers there, too", f"take the label off {target}"
+            ),
+            Step("serve", Phase.CUTOVER, f"see {service} answer on {target}", None),
+            *address,
+            Step("tidy", Phase.AFTER, f"take the label off {source}: {service} ends there", None),
+            Step("after", Phase.AFTER, "a mail from end to end", None),
+        )
     kept = f"the copy on {target} stays as a base for the next try, marked stale"
     copy = f"copy the volumes while {service} runs" if live_copy else f"nothing is copied while {service} runs"
     return (
@@ -118,6 +141,7 @@ def steps(service: str, source: str, target: str, live_copy: bool = True) -> tup
         Step("compare", Phase.STOP, "compare both sides: every name, size, owner, mode, time"),
         Step("cutover", Phase.CUTOVER, f"the copy on {target} becomes the live one", None),
         Step("serve", Phase.CUTOVER, f"see {service} answer on {target}", None),
+        *address,
         Step("release", Phase.CUTOVER, "let go what was held", None),
         Step(
             "tidy", Phase.AFTER, f"mark the copy on {source} stale, keep it, take the label off, remove the key", None
@@ -181,6 +205,10 @@ def estimate(need: Measured, there: Measured, rate: float, live_copy: bool) -> t
 class Acts(Protocol):
     """What a move does to hosts. Each may be done twice, and may die in the middle of any."""
 
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What this move consists of: what is not named is left out."""
+
     def prepare(self) -> None: ...
     def precopy(self) -> None: ...
     def standby(self) -> None: ...
@@ -192,6 +220,9 @@ class Acts(Protocol):
         """Write ``live`` into the markers of the target. Never before the journal says so."""
 
     def serve(self) -> None: ...
+    def address(self) -> None:
+        """Let the public address follow. What goes wrong there is no reason to stop: the move stands."""
+
     def release(self) -> None: ...
     def tidy(self) -> None: ...
     def after(self) -> None: ...
@@ -225,7 +256,10 @@ class Run:
     watch: Watch = lambda name, seconds: None
 
     def _do(self, *names: str) -> None:
+        there = {step.name for step in self.acts.steps}
         for name in names:
+            if name not in there:
+                continue
             began = time.monotonic()
             getattr(self.acts, name)()
             self.watch(name, time.monotonic() - began)
@@ -285,7 +319,7 @@ class Run:
         if self.journal.phase is not Phase.AFTER:
             self._do("cutover")
             try:
-                self._do("serve")
+                self._do("serve", "address")
             except NotServing as error:
                 failure = error
             self._do("release")

@@ -1,4 +1,4 @@
-"""Where a service's data is: by node labels and by the markers in the volumes. Pure.
+"""Where a service is: by node labels, and where it has data by the markers in the volumes. Pure.
 
 The Swarm is the truth of placement (invariant 4): the inventory only says where a service begins its life.
 """
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from swarmmail.model.errors import Refused
 from swarmmail.model.facts import HostFacts, Marker
-from swarmmail.model.stack import Service, StackFile
+from swarmmail.model.inventory import Inventory
+from swarmmail.model.stack import Service, StackFile, first_host
 from swarmmail.model.swarm import Swarm
 
 LIVE = "live"
@@ -19,7 +20,8 @@ FIRST = 1
 
 @dataclass(frozen=True)
 class Place:
-    """The host of a service. ``new``: its volumes are yet to be made; ``label``: the node lacks the label."""
+    """The host of a service that is bound to one. ``new``: its volumes are yet to be made; ``label``: the node lacks
+    the label."""
 
     host: str
     generation: int
@@ -38,10 +40,17 @@ def markers_of(cluster: str, stack: StackFile, service: Service, facts: HostFact
     }
 
 
+def known_host(service: Service, inventory: Inventory, swarm: Swarm | None) -> str:
+    """The host of a service by its label, else the one where the inventory begins it; empty: it runs anywhere."""
+    nodes = swarm.nodes.values() if swarm is not None else ()
+    first = first_host(service, inventory)
+    return next((node.host for node in nodes if first and service.name in node.places), first)
+
+
 def place(
     cluster: str, stack: StackFile, service: Service, wanted: str, hosts: Mapping[str, HostFacts], swarm: Swarm
 ) -> Place:
-    """Where a service with volumes is, or begins.
+    """Where a service that is bound to a host is, or begins (``wanted``). Without volumes the label alone decides.
 
     Raises:
         Refused: labels and volumes contradict each other; a person has to decide.
@@ -56,7 +65,7 @@ def place(
     if len(labelled) > 1:
         raise _refused(
             service,
-            f"two nodes claim its data by label: {', '.join(sorted(n.host or n.id for n in labelled))}",
+            f"two nodes claim it by label: {', '.join(sorted(n.host or n.id for n in labelled))}",
             "if an interrupted move left one: fab migrate.abort; else remove the wrong one: docker node update "
             f"--label-rm {service.place_label} NODE",
         )
@@ -64,8 +73,16 @@ def place(
         node = labelled[0]
         if node.host not in hosts:
             raise _refused(
-                service, f"its data is on node {node.host or node.hostname}, which is not in the inventory", "add it"
+                service, f"it is on node {node.host or node.hostname}, which is not in the inventory", "add it"
             )
+        note = (
+            f"{service.name} stays on {node.host} (the inventory begins it on {wanted}): "
+            "it is moved by fab migrate only"
+            if wanted != node.host
+            else ""
+        )
+        if not service.volumes:
+            return Place(node.host, FIRST, new=False, label=False, note=note)
         if node.host not in live:
             where = f"; live data is on {', '.join(sorted(live))}" if live else ""
             if not live and not found.get(node.host):
@@ -81,13 +98,9 @@ def place(
                 "put the label where the live data is: docker node update --label-add "
                 f"{service.place_label}=true NODE, and --label-rm it elsewhere",
             )
-        note = (
-            f"{service.name} stays on {node.host} (the inventory begins it on {wanted}): a service with data is "
-            f"moved by fab migrate only"
-            if wanted != node.host
-            else ""
-        )
         return Place(node.host, live[node.host], new=False, label=False, note=note)
+    if not service.volumes:
+        return Place(wanted, FIRST, new=False, label=True)
     if live:
         best = max(live.values())
         holders = [name for name, generation in live.items() if generation == best]

@@ -17,7 +17,7 @@ from typing import Any
 from swarmmail.model import content, yamlfile
 from swarmmail.model.errors import InputError
 from swarmmail.model.inventory import Inventory
-from swarmmail.model.swarm import HOST_LABEL, PLACE_LABEL, PLACED
+from swarmmail.model.swarm import PLACE_LABEL, PLACED
 
 ROLE_LABEL = "swarmmail.role"
 ROLES = ("mta", "mda", "edge")
@@ -107,6 +107,8 @@ def read(inventory: Inventory) -> StackFile:
         if len(problems) == before:
             services[name] = _service(name, raw, stack.path, stack.name)
             _judge_files(services[name], raw, document, problems)
+            if first_host(services[name], inventory):
+                _judge_bound(services[name], raw, wrong)
     for service in services.values():
         if service.volumes and service.name not in stack.placement:
             problems.append(
@@ -224,7 +226,7 @@ def _judge(name: str, raw: Mapping[str, Any], value: Mapping[str, Any], network:
         source = _volume(volume)
         if source is None or source[0] not in (value.get("volumes") or {}):
             wrong((*place, "volumes", index), "write NAME:PATH with NAME below the top-level 'volumes:'")
-    if raw.get("volumes") and (deploy.get("mode", "replicated") != "replicated" or deploy.get("replicas", 1) != 1):
+    if raw.get("volumes") and _runs_often(deploy):
         wrong((*place, "deploy"), "a service with data runs once: leave mode and replicas out (never two writers)")
     for section in ("update_config", "rollback_config"):
         if raw.get("volumes") and (deploy.get(section) or {}).get("order", "stop-first") != "stop-first":
@@ -232,6 +234,18 @@ def _judge(name: str, raw: Mapping[str, Any], value: Mapping[str, Any], network:
     grace = _seconds(raw.get("stop_grace_period", "10s"))
     if grace is None or grace > MAX_GRACE:
         wrong((*place, "stop_grace_period"), f"at most {MAX_GRACE}s: later the Swarm starts a second task beside it")
+
+
+def _judge_bound(service: Service, raw: Mapping[str, Any], wrong: Any) -> None:
+    if not service.volumes and _runs_often(raw.get("deploy") or {}):
+        wrong(
+            ("services", service.name, "deploy"),
+            "a service that is bound to a host (stack.placement, or role edge) runs once: leave mode and replicas out",
+        )
+
+
+def _runs_often(deploy: Mapping[str, Any]) -> bool:
+    return bool(deploy.get("mode", "replicated") != "replicated" or deploy.get("replicas", 1) != 1)
 
 
 def _judge_files(service: Service, raw: Mapping[str, Any], document: yamlfile.Document, problems: list[str]) -> None:
@@ -348,25 +362,22 @@ def render(stack: StackFile, inventory: Inventory, filling: Filling) -> dict[str
         if service.volumes and (health := _guarded_health(raw.get("healthcheck"))) is not None:
             raw["healthcheck"] = health
         deploy = raw.setdefault("deploy", {})
-        if service.volumes:
-            # A task on each node that has the label: one, and during a move a second one, whose fence waits.
+        if first_host(service, inventory):
+            # A task on each node that has the label: one, and during a move a second one. With data its fence waits.
             deploy.pop("replicas", None)
             deploy["mode"] = "global"
             placement = deploy.setdefault("placement", {})
             constraint = f"node.labels.{service.place_label} == {PLACED}"
             placement["constraints"] = [*(placement.get("constraints") or []), constraint]
             deploy.setdefault("update_config", {}).setdefault("order", "stop-first")
-        elif host := fixed_host(service, inventory):
-            placement = deploy.setdefault("placement", {})
-            constraint = f"node.labels.{HOST_LABEL} == {host}"
-            placement["constraints"] = [*(placement.get("constraints") or []), constraint]
     return document
 
 
-def fixed_host(service: Service, inventory: Inventory) -> str:
-    """The host of a service without data: as the inventory says, and it is moved by a deploy. Empty: any.
+def first_host(service: Service, inventory: Inventory) -> str:
+    """The host on which a service that is bound to one begins its life; empty: it runs anywhere.
 
-    An edge that is not placed is on the first manager: people must know where.
+    Bound are those of ``stack.placement`` (a service with data must be there), and the edge: people must know where it
+    is. Not placed, it begins on the first manager.
     """
     placed = inventory.stack.placement.get(service.name, "") if inventory.stack is not None else ""
     return placed or (inventory.lead.name if service.role == "edge" else "")

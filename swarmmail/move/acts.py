@@ -24,7 +24,7 @@ from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail.hooks import Hooks
 from swarmmail.model import stack as model
 from swarmmail.model.errors import Deadline, HostError, Refused, SwarmmailError, Unreachable
-from swarmmail.model.move import HELD, STALE, STANDBY, Measured, Move, NotServing, Pass, another_pass, marker
+from swarmmail.model.move import HELD, STALE, STANDBY, Measured, Move, NotServing, Pass, another_pass, marker, steps
 from swarmmail.model.placement import LIVE
 from swarmmail.model.stack import Service, StackFile
 from swarmmail.model.swarm import PLACED
@@ -34,6 +34,7 @@ KEY_HOURS = 24
 COPY_LIMIT = 24 * 3600  # seconds for one pass
 STANDBY_LIMIT = 60  # seconds for a task to be up and waiting
 REVIVE_LIMIT = 30
+ENDED_LIMIT = 30
 GRACE = 10  # seconds for the service to end by itself
 BROKEN = frozenset((10, 12, 30, 35, 255))
 """Exit statuses of rsync(1) and ssh(1) that mean the connection: it is made again, and the copy goes on."""
@@ -86,7 +87,7 @@ def close(host: Host) -> None:
 
 
 class HostActs:
-    """See ``model.move.Acts``."""
+    """See ``model.move.Acts``. What is done with a service that has data."""
 
     def __init__(
         self,
@@ -110,6 +111,17 @@ class HostActs:
         """What there is to see at the end."""
         self.gap: float | None = None
         """Seconds from before the stop until the service answered on the target."""
+        self.steps = steps(
+            move.service,
+            move.source,
+            move.target,
+            hooks.live_copy,
+            data=bool(move.volumes),
+            hook=hooks.address_hook is not None,
+        )
+        self.failure: SwarmmailError | None = None
+        """What people have to do by hand, although the move stands: its address hook has failed."""
+        self._followed = False
         self._paths: dict[str, tuple[str, ...]] = {}
         self._copying_since = 0
         """When the first pass began: seconds, by the source's clock."""
@@ -190,20 +202,25 @@ class HostActs:
         self._key()
 
     def _tag(self) -> str:
-        """The image that the Swarm runs, whatever the stack's files say by now."""
+        """The image that the Swarm starts the service from, whatever the stack's files say by now."""
         with self.manager.doing(f"look at {self.move.service}"):
             spec = self.manager.docker.inspect_service(f"{self.stack.name}_{self.move.service}")["Spec"]
         return str(spec["TaskTemplate"]["ContainerSpec"]["Image"])
 
-    def _image(self) -> None:
-        """The very image of the source, under its tag."""
+    def _image(self) -> bool:
+        """The very image that is on the source, under its tag."""
         tag = self._tag()
         with self.source.doing("look at the image"):
-            here = images.inspect(self.source.docker, tag)
+            return self._bring(images.Builder(self.source.docker, self.source.name), tag)
+
+    def _bring(self, where: images.Builder, tag: str) -> bool:
+        """The image as it is ``where``, to the target; False when it is not there."""
+        here = images.inspect(where.api, tag)
         with self.target.doing("look at the image"):
             there = images.inspect(self.target.docker, tag)
         if here is not None and (there is None or there.id != here.id):
-            images.ship(self.fleet, images.Builder(self.source.docker, self.source.name), {tag: [self.target.name]})
+            images.ship(self.fleet, where, {tag: [self.target.name]})
+        return here is not None
 
     def _hold_volumes(self, host: Host) -> None:
         """A container that does nothing keeps the volumes from every prune, as long as no task has them."""
@@ -343,8 +360,8 @@ class HostActs:
                         f"copy: {words[0]} bytes, {words[1]}, {words[2]}, {words[3]} left", self.source.name
                     )
 
-    def standby(self) -> None:
-        """The service is up on the target, and its fence waits."""
+    def _up(self) -> int:
+        """With the label, the service is up and well on the target: its first process there."""
         swarm.set_label(self.manager, self.move.target_node, self.service.place_label, PLACED)
 
         def up() -> int:
@@ -353,14 +370,19 @@ class HostActs:
                     return int(raw["State"]["Pid"])
             return 0
 
-        self._waiting = swarm.wait_until(up, bool, STANDBY_LIMIT)
-        if not self._waiting:
+        pid = swarm.wait_until(up, bool, STANDBY_LIMIT)
+        if not pid:
             raise Deadline(
                 f"{self.move.service} was not up there within {STANDBY_LIMIT} s",
                 host=self.target.name,
                 step="standby",
                 hint=f"see why: docker service ps --no-trunc {self.stack.name}_{self.move.service}",
             )
+        return pid
+
+    def standby(self) -> None:
+        """The service is up on the target, and its fence waits."""
+        self._waiting = self._up()
         self.hooks.ready()
         if self.hooks.live_copy:
             self._pass("copy", live=True)  # so that the last one has seconds to catch up with, not a minute
@@ -487,6 +509,13 @@ class HostActs:
             hint=f"mend it there; or move it back: fab migrate --service {self.move.service} --to {self.move.source}",
         )
 
+    def address(self) -> None:
+        try:
+            self.hooks.follow(self.source, self.target)
+            self._followed = True
+        except SwarmmailError as error:
+            report.warning(f"address hook: {error.what}; the move goes on, and the hook is run once more at its end")
+
     def release(self) -> None:
         self.hooks.release()
 
@@ -502,10 +531,19 @@ class HostActs:
         swarm.set_label(self.manager, self.move.source_node, self.service.place_label, None)
         self._drop_holder(self.target)
         if not self.move.source_is_dead:
-            swarm.wait_until(lambda: not self._containers(self.source), bool, 30)
+            self._ended(self.source)
+
+    def _ended(self, host: Host) -> None:
+        """Wait until the service's container is gone from a host, and its ports are free."""
+        swarm.wait_until(lambda: not self._containers(host), bool, ENDED_LIMIT)
 
     def after(self) -> None:
         self.lines += self.hooks.after()
+        if not self._followed:  # it failed, or a run that was killed may not have come to it
+            try:
+                self.hooks.follow(self.source, self.target)
+            except SwarmmailError as error:
+                self.failure = error
 
     # -- undo --
 

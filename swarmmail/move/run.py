@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from swarmmail import report
 from swarmmail.cluster import bootstrap, lock, swarm
@@ -14,12 +15,13 @@ from swarmmail.mail import hooks, services
 from swarmmail.mail.services import Seen
 from swarmmail.model import move as model
 from swarmmail.model import stack as stacks
-from swarmmail.model.errors import InputError, Refused
+from swarmmail.model.errors import InputError, Refused, SwarmmailError
 from swarmmail.model.move import Measured, Move
 from swarmmail.model.placement import LIVE, markers_of, place
-from swarmmail.model.stack import Service, StackFile
+from swarmmail.model.stack import Service, StackFile, first_host
 from swarmmail.move import acts, journal
 from swarmmail.move.acts import HostActs
+from swarmmail.move.bound import BoundActs
 
 RATE = 100e6
 """Bytes per second of a first copy, where nothing is known: one gigabit."""
@@ -38,8 +40,8 @@ class Found:
     """What the check saw."""
 
     move: Move
-    need: Measured
-    there: Measured
+    need: Measured = field(default_factory=Measured)
+    there: Measured = field(default_factory=Measured)
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     steps: tuple[model.Step, ...] = ()
@@ -66,44 +68,40 @@ class Done:
     times: Times
     gap: float | None
     lines: tuple[str, ...] = ()
+    failure: SwarmmailError | None = None
+    """What has to be done by hand: the service is on the target all the same."""
 
 
-def _service(stack: StackFile, name: str) -> Service:
+def _service(fleet: Fleet, stack: StackFile, name: str) -> Service:
+    """A service that can be moved, by its name or role. Raises InputError."""
     service = stack.services.get(name) or stack.by_role(name)
-    if service is None or not service.volumes:
-        having = ", ".join(s.name for s in stack.services.values() if s.volumes)
-        raise InputError([f"--service: found '{name}', allowed: a service with volumes ({having})"])
+    if service is None or not first_host(service, fleet.inventory):
+        bound = ", ".join(s.name for s in stack.services.values() if first_host(s, fleet.inventory))
+        raise InputError(
+            [
+                f"--service: found '{name}', allowed: a service that is bound to a host ({bound}); others are bound by "
+                f"stack.placement in {fleet.inventory.path}"
+            ]
+        )
     return service
 
 
 def check(fleet: Fleet, seen: Seen, name: str, to: str) -> Found:
     """Look whether the move can be made; changes nothing. ``problems``: each one forbids it."""
-    stack = stacks.read(fleet.inventory)
-    service = _service(stack, name)
-    if to not in fleet.inventory.hosts:
-        raise InputError([f"--to: found '{to}', allowed: {', '.join(fleet.inventory.hosts)}"])
-    assert fleet.inventory.stack is not None
+    inventory = fleet.inventory
+    stack = stacks.read(inventory)
+    service = _service(fleet, stack, name)
+    if to not in inventory.hosts:
+        raise InputError([f"--to: found '{to}', allowed: {', '.join(inventory.hosts)}"])
     facts = seen.observed.hosts
-    where = place(
-        fleet.inventory.cluster, stack, service, fleet.inventory.stack.placement[service.name], facts, seen.swarm
-    )
-    problems: list[str] = []
-    if where.new or service.name not in seen.services:
+    where = place(inventory.cluster, stack, service, first_host(service, inventory), facts, seen.swarm)
+    if where.new or service.name not in seen.services or (where.label and not service.volumes):
         raise Refused(f"{service.name} is not deployed yet", step="check", hint="run: fab deploy")
     source = where.host
-    nodes = {host: seen.swarm.node_of(host) for host in (source, to)}
-    for host, node in nodes.items():
-        if facts[host].unreachable:
-            problems.append(f"{host} does not answer: {facts[host].unreachable}")
-        elif node is None:
-            problems.append(f"{host} is not in the Swarm -> run: fab bootstrap")
-        elif node.state != "ready" or (host == to and node.availability != "active"):
-            problems.append(f"{host} is {node.state} and {node.availability} in the Swarm, it must be ready and active")
-        if not facts[host].unreachable and "rsync" not in facts[host].programs:
-            problems.append(f"{host} has no rsync -> on it: apt-get install rsync")
-    if problems:
-        raise Refused("; ".join(problems), step="check")
-    source_node, target_node = nodes[source], nodes[to]
+    needed = {source, to} if service.volumes else {to}  # without data there is nothing to fetch
+    problems = [line for host in inventory.hosts if host in needed for line in _unfit(seen, host, to, service)]
+    _refuse(problems)
+    source_node, target_node = seen.swarm.node_of(source), seen.swarm.node_of(to)
     assert source_node is not None and target_node is not None
     move = Move(
         id=secrets.token_hex(8),
@@ -118,46 +116,71 @@ def check(fleet: Fleet, seen: Seen, name: str, to: str) -> Found:
         started=time.time(),
     )
     if source == to:
-        return Found(move, Measured(), Measured())
-    if facts[source].machine != facts[to].machine:
+        return Found(move)
+    if facts[source].machine and facts[source].machine != facts[to].machine:
         problems.append(f"{to} is a {facts[to].machine}, {source} a {facts[source].machine}: the image would not run")
     taken = sorted(set(service.ports) & facts[to].listening)
     if taken:
         problems.append(f"{to}: port {', '.join(map(str, taken))} is taken by another program")
+    made = _acts(fleet, move, seen, Options())
+    found = Found(move, notes=tuple(made.hooks.before(fleet[to])), problems=tuple(problems), steps=made.steps)
+    return _with_data(found, fleet, stack, seen, made.hooks.live_copy) if service.volumes else found
+
+
+def _unfit(seen: Seen, host: str, to: str, service: Service) -> list[str]:
+    """What keeps a host from taking part in a move to ``to``."""
+    facts, node = seen.observed.hosts[host], seen.swarm.node_of(host)
+    if facts.unreachable:
+        return [f"{host} does not answer: {facts.unreachable}"]
+    problems = []
+    if node is None:
+        problems.append(f"{host} is not in the Swarm -> run: fab bootstrap")
+    elif node.state != "ready" or (host == to and node.availability != "active"):
+        problems.append(f"{host} is {node.state} and {node.availability} in the Swarm, it must be ready and active")
+    if service.volumes and "rsync" not in facts.programs:
+        problems.append(f"{host} has no rsync -> on it: apt-get install rsync")
+    return problems
+
+
+def _with_data(found: Found, fleet: Fleet, stack: StackFile, seen: Seen, live_copy: bool) -> Found:
+    """What has to be looked at besides when volumes are moved, too."""
+    move, cluster = found.move, fleet.inventory.cluster
+    facts, service = seen.observed.hosts[move.target], stack.services[move.service]
+    problems, notes = [], []
     foreign = [
         m.volume
-        for m in facts[to].markers
-        if m.volume in move.volumes and (m.cluster, m.service) != (fleet.inventory.cluster, service.name)
+        for m in facts.markers
+        if m.volume in move.volumes and (m.cluster, m.service) != (cluster, move.service)
     ]
     if foreign:
-        problems.append(f"{to}: volume {', '.join(foreign)} belongs to another service or cluster")
-    measured = fleet.each(lambda host: acts.measure(host, move.volumes), (source, to))
-    problems += model.room(measured[source], measured[to], to)
-    notes = []
-    if not any(task["Status"]["State"] == "running" for task in seen.tasks[service.name]):
-        notes.append(f"{service.name} does not run on {source}; its data is moved as it is")
-    if markers_of(fleet.inventory.cluster, stack, service, facts[to]):
-        notes.append(f"{to} has an older copy: only what differs is sent")
-    hook = hooks.of(fleet, stack, service.role)
-    notes += hook.before(fleet[to])
-    seconds, gap = model.estimate(measured[source], measured[to], RATE, hook.live_copy)
-    return Found(
-        move,
-        measured[source],
-        measured[to],
-        tuple(notes),
-        tuple(problems),
-        model.steps(service.name, source, to, hook.live_copy),
-        seconds,
-        gap,
+        problems.append(f"{move.target}: volume {', '.join(foreign)} belongs to another service or cluster")
+    measured = fleet.each(lambda host: acts.measure(host, move.volumes), (move.source, move.target))
+    need, there = measured[move.source], measured[move.target]
+    problems += model.room(need, there, move.target)
+    if not any(task["Status"]["State"] == "running" for task in seen.tasks[move.service]):
+        notes.append(f"{move.service} does not run on {move.source}; its data is moved as it is")
+    if markers_of(cluster, stack, service, facts):
+        notes.append(f"{move.target} has an older copy: only what differs is sent")
+    seconds, gap = model.estimate(need, there, RATE, live_copy)
+    return replace(
+        found,
+        need=need,
+        there=there,
+        notes=(*notes, *found.notes),
+        problems=(*found.problems, *problems),
+        seconds=seconds,
+        gap=gap,
     )
 
 
 def show(found: Found) -> None:
-    report.result(
-        f"move {found.move.text}: {found.need.bytes / 1e6:.1f} MB in {found.need.files} files; "
+    what = (
+        f"{found.need.bytes / 1e6:.1f} MB in {found.need.files} files; "
         f"about {found.seconds:.0f} s, of which it is away {found.gap:.1f} s"
+        if found.move.volumes
+        else f"it has no data, and answers on {found.move.target} before it ends on {found.move.source}"
     )
+    report.result(f"move {found.move.text}: {what}")
     for note in found.notes:
         report.result(f"  {note}")
     for step in found.steps:
@@ -169,8 +192,12 @@ def show(found: Found) -> None:
 
 def refuse(found: Found) -> None:
     """Raises Refused when the check found what forbids the move."""
-    if found.problems:
-        raise Refused("; ".join(found.problems), step="check", hint="mend it, then run the same command again")
+    _refuse(found.problems)
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise Refused("; ".join(problems), step="check", hint="mend it, then run the same command again")
 
 
 def migrate(fleet: Fleet, name: str, to: str, options: Options | None = None) -> Done | None:
@@ -181,11 +208,12 @@ def migrate(fleet: Fleet, name: str, to: str, options: Options | None = None) ->
         SwarmmailError: it failed; the text says where the service is now.
     """
     options = options or Options()
+    service = _service(fleet, stacks.read(fleet.inventory), name)
     seen = services.observe(fleet)
     with lock.held(seen.manager, f"migrate --service {name} --to {to}", swarm=True):
         left = journal.read(seen.manager)
         if left is not None:
-            if (left.move.service, left.move.target) != (_service(stacks.read(fleet.inventory), name).name, to):
+            if (left.move.service, left.move.target) != (service.name, to):
                 raise Refused(
                     f"a move of {left.move.text} was interrupted in phase '{left.phase}'",
                     step="migrate",
@@ -196,7 +224,7 @@ def migrate(fleet: Fleet, name: str, to: str, options: Options | None = None) ->
             if done is not None:
                 return done
             seen = services.observe(fleet)
-        if options.source_is_dead:
+        if options.source_is_dead and service.volumes:
             return _without_source(fleet, seen, name, to, options)
         found = check(fleet, seen, name, to)
         if found.move.source == found.move.target:
@@ -214,7 +242,7 @@ def _without_source(fleet: Fleet, seen: Seen, name: str, to: str, options: Optio
         Refused: the source is not lost, the target has no copy, or the operator has not said yes to what it costs.
     """
     stack = stacks.read(fleet.inventory)
-    service = _service(stack, name)
+    service = _service(fleet, stack, name)
     if to not in fleet.inventory.hosts:
         raise InputError([f"--to: found '{to}', allowed: {', '.join(fleet.inventory.hosts)}"])
     labelled = [node for node in seen.swarm.nodes.values() if service.name in node.places]
@@ -268,28 +296,33 @@ def _without_source(fleet: Fleet, seen: Seen, name: str, to: str, options: Optio
     opened = journal.begin(seen.manager, move)
     opened.advance(model.Phase.CUTOVER)
     model.Run(move, made, opened, times.watch).finish()
-    lines = (*made.lines, f"{source.host} may come back: its copy is refused, and can be removed by migrate.purge")
-    return Done(move, times, made.gap, lines)
+    made.lines.append(f"{source.host} may come back: its copy is refused, and can be removed by migrate.purge")
+    return _done(made, times)
 
 
 def _acts(fleet: Fleet, move: Move, seen: Seen, options: Options, files: int = 0) -> HostActs:
     stack = stacks.read(fleet.inventory)
     hook = hooks.of(fleet, stack, move.role)
-    return HostActs(fleet, stack, move, seen.manager, hook, bwlimit=options.bwlimit, files=files)
+    kind = HostActs if move.volumes else BoundActs
+    return kind(fleet, stack, move, seen.manager, hook, bwlimit=options.bwlimit, files=files)
+
+
+def _done(made: HostActs, times: Times) -> Done:
+    return Done(made.move, times, made.gap, tuple(made.lines), made.failure)
 
 
 def _forward(fleet: Fleet, seen: Seen, found: Found, options: Options) -> Done:
     made = _acts(fleet, found.move, seen, options, found.need.files)
     times = Times()
     model.Run(found.move, made, journal.begin(seen.manager, found.move), times.watch).forward()
-    return Done(found.move, times, made.gap, tuple(made.lines))
+    return _done(made, times)
 
 
 def _recover(fleet: Fleet, seen: Seen, left: journal.Journal, options: Options) -> Done | None:
     made = _acts(fleet, left.move, seen, options)
     times = Times()
     if model.Run(left.move, made, left, times.watch).recover():
-        return Done(left.move, times, made.gap, tuple(made.lines))
+        return _done(made, times)
     report.progress(f"undone: {left.move.service} serves on {left.move.source}")
     return None
 

@@ -25,8 +25,8 @@ def deploy(
     """Deploy the mail stack, wait until what was asked runs, send a mail through it, and prove the encryption.
 
     Changes: images on the hosts, volumes on their first host, configs, secrets and services of the stack. Never
-    moves a service that has data. --plan only shows the difference. --no-probe leaves the test mail out, --no-verify
-    the proof.
+    moves a service that is bound to a host. --plan only shows the difference. --no-probe leaves the test mail out,
+    --no-verify the proof.
     """
     hosts = fleet(c, inventory)
     if dry(c, plan):

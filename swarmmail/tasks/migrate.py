@@ -1,4 +1,4 @@
-"""Moving a service with its data."""
+"""Moving a service, with its data if it has any."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from invoke import Collection
 
 from swarmmail import report
+from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail import ledger, services
 from swarmmail.model import stack
 from swarmmail.model.errors import InputError
@@ -16,13 +17,16 @@ from swarmmail.tasks.door import door, dry, fleet
 from swarmmail.tasks.door import status as end
 
 
-def _show(done: move.Done, times: bool) -> None:
+def _end(hosts: Fleet, done: move.Done, times: bool, no_verify: bool) -> None:
     if times:
         report.table("", ["step", "seconds"], [(name, f"{seconds:.2f}") for name, seconds in done.times.steps])
     for line in done.lines:
         report.result(line)
     gap = f"; it was away {done.gap:.2f} s" if done.gap is not None else ""
     report.result(f"migrate: {done.move.service} is on {done.move.target}{gap}", good=True)
+    verify.at_the_end(hosts, no_verify)
+    if done.failure is not None:
+        raise done.failure
 
 
 @door
@@ -39,10 +43,12 @@ def migrate(
     yes: bool = False,
     no_verify: bool = False,
 ) -> None:
-    """Move a service with its data to another host; no mail is lost.
+    """Move a service to another host, with its data if it has any; no mail is lost.
 
     Changes: a copy of its volumes on the target, which becomes the live one; the old copy stays, marked stale, until
-    migrate.purge. Killed anywhere, the same command finishes the move, or undoes it and begins again.
+    migrate.purge. A service without data (edge) answers on the target before it ends where it was. When the MTA or the
+    edge has moved, stack.address_hook is run. Killed anywhere, the same command finishes the move, or undoes it and
+    begins again.
     --source-is-dead makes an older copy on the target the live one, when the source is lost for good; it needs --yes.
     --check-only looks whether it can be done; --plan shows the steps too; --times prints the seconds of each step.
     """
@@ -61,8 +67,7 @@ def migrate(
     if done is None:
         report.result(f"migrate: {service} is on {to} already, nothing to do")
     else:
-        _show(done, times)
-        verify.at_the_end(hosts, no_verify)
+        _end(hosts, done, times, no_verify)
 
 
 @door
@@ -80,8 +85,7 @@ def resume(c: Any, inventory: str | None = None, times: bool = False, no_verify:
     if done is None:
         report.result("migrate: no move is under way, nothing to do")
     else:
-        _show(done, times)
-        verify.at_the_end(hosts, no_verify)
+        _end(hosts, done, times, no_verify)
 
 
 @door

@@ -305,10 +305,10 @@ def serves(project: Project, host: str) -> bool:
     return "220" in project.sh(host, f"docker exec {found or 'none'} bash -c '{ask}' 2>&1", check=False)
 
 
-def finish(project: Project, target: str, how: str) -> None:
+def finish(project: Project, target: str, how: str, service: str = "mda") -> None:
     """What somebody does who finds a move that was interrupted."""
     if how == "the same":
-        end = migrate(project, target)
+        end = migrate(project, target, service=service)
     elif how == "resume":
         end = project.fab("migrate.resume", "--inventory", MAIL, NO_PROOF, timeout=300)
     else:

@@ -375,7 +375,9 @@ def test_two_operators_at_once(empty: Project) -> None:
     for result in results:
         if result.status:
             # what the other one has made only half of it may see too
-            result.error(r"(host1, lock: .*\(process \d+\) has been at work on 'deploy' for \d+ s.*|place m[td]a: )")
+            result.error(
+                r"(host1, lock: .*\(process \d+\) has been at work on 'deploy' for \d+ s.*|place (m[td]a|edge): )"
+            )
         else:  # one was over, or as good as over, before the other began
             assert result.stdout == "deploy: nothing to do\n" or re.search(DONE, result.stdout, re.M), str(results)
     healed(empty)

@@ -6,6 +6,7 @@ random; ``SWARMMAIL_SEED`` chooses another sequence of them. ``tests/bench/soak.
 
 from __future__ import annotations
 
+import imaplib
 import os
 import random
 import re
@@ -14,7 +15,22 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 from conftest import HOSTS, MAIL, STACK, Project, eventually
-from mailing import PASSWORD, arrives, container, deploy, healed, mark, marker, queue, send, variant, volume
+from mailing import (
+    PASSWORD,
+    arrives,
+    container,
+    deploy,
+    healed,
+    mark,
+    marker,
+    queue,
+    replaced,
+    send,
+    trusting,
+    variant,
+    versions,
+    volume,
+)
 from moving import (
     FAULTS,
     KILLED,
@@ -23,6 +39,7 @@ from moving import (
     USERS,
     accounts_for,
     clean,
+    finish,
     go_wrong,
     has_begun,
     labelled,
@@ -30,7 +47,7 @@ from moving import (
     other,
     place,
 )
-from stream import Clients, Stream, Watch, lmtp_probe, longest
+from stream import Clients, Probe, Stream, Watch, lmtp_probe, longest
 
 from swarmmail.cluster import swarm
 
@@ -298,7 +315,9 @@ def test_purge_removes_old_copies_only(mailing: Project) -> None:
 
 
 def test_the_mta_moves_with_its_queue(mailing: Project) -> None:
-    """Mails that are deferred: each arrives once, under the id that it had, through the MTA on its new host."""
+    """Mails that are deferred: each arrives once, under the id that it had, through the MTA on its new host. The public
+    address follows as soon as it answers there."""
+    with_hook(mailing)
     source = place(mailing)
     name = f"q{time.time_ns()}"
     count = int(os.environ.get("SWARMMAIL_QUEUED", "60"))
@@ -331,6 +350,197 @@ def test_the_mta_moves_with_its_queue(mailing: Project) -> None:
     verdict = under.judge(source)
     print(f"under mail: {verdict}")
     assert verdict.is_clean and verdict.duplicated == 0, str(verdict)
+    assert told(mailing) == [call(mailing, "mta", *way, "220") for way in (("host1", "host2"), ("host2", "host1"))]
+
+
+# ---- a service without data, and the public address ----
+
+HOOK = r"""#!/bin/bash
+# It writes down what it is told, and what the service says to those who come to the new address by now.
+case $1 in mta) port=25 ;; edge) port=143 ;; esac
+exec 3<>"/dev/tcp/$5/$port" && read -r -t 10 line <&3
+echo "$* ${line%% *}" >>"${0%/*}/told"
+"""
+
+
+def with_hook(project: Project, script: str = HOOK) -> None:
+    """The inventory of these tests names a program that lets the public address follow."""
+    folder = project.root / "address"
+    folder.mkdir(exist_ok=True)
+    (folder / "told").unlink(missing_ok=True)
+    (folder / "hook").write_text(script)
+    (folder / "hook").chmod(0o755)
+    project.inventory(MAIL, stack={**STACK, "address_hook": "../address/hook"})
+
+
+def told(project: Project) -> list[str]:
+    path = project.root / "address" / "told"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def call(project: Project, role: str, source: str, target: str, said: str) -> str:
+    return f"{role} {source} {target} {project.address(source)} {project.address(target)} {said}"
+
+
+def edge(project: Project) -> list[str]:
+    """Hosts where the edge runs; where its label is must be the same."""
+    found = [host for host in HOSTS if container(project, host, "mail_edge")]
+    eventually(lambda: sorted(labelled(project, "swarmmail.edge")) == found, 20, "it runs where its label is")
+    return found
+
+
+def greets(project: Project, host: str) -> bool:
+    try:
+        imaplib.IMAP4_SSL(project.address(host), 993, ssl_context=trusting(project), timeout=20).shutdown()
+    except (OSError, imaplib.IMAP4.error):
+        return False
+    return True
+
+
+def test_the_edge_there_and_back(mailing: Project) -> None:
+    """At every moment it answers on one of the two hosts. Afterwards people are served at its new one, deploy leaves it
+    there and updates it there."""
+    with_hook(mailing)
+    assert edge(mailing) == ["host1"]
+    before = versions(mailing), labelled(mailing, "swarmmail.edge")
+    shown = migrate(mailing, "host2", "--plan", service="edge", check=0).stdout
+    assert "move edge from host1 to host2: it has no data, and answers on host2 before it ends on host1\n" in shown
+    assert "hook will be run to make the name that mail programs use lead to" in shown
+    assert re.findall(r"^\+ (\w+): ", shown, re.M) == ["prepare", "standby", "serve", "address", "tidy", "after"]
+    only = migrate(mailing, "host2", "--check-only", service="edge", check=0).stdout
+    assert only == "migrate: edge from host1 to host2 can be done\n"
+    assert (versions(mailing), labelled(mailing, "swarmmail.edge")) == before and edge(mailing) == ["host1"]
+
+    with Probe(lambda: greets(mailing, "host1") or greets(mailing, "host2")) as probe:
+        there = migrate(mailing, "host2", "--times", service="edge", check=0)
+    assert probe.bad == 0 and probe.good
+    assert re.search(r"^migrate: edge is on host2$", there.stdout, re.M), str(there)
+    assert f"people read their mail at host2 ({mailing.address('host2')}) now" in there.stdout
+    assert any(event.startswith("the public address moves, too: ") for event in there.events)
+    assert told(mailing) == [call(mailing, "edge", "host1", "host2", "*")] and edge(mailing) == ["host2"]
+    token = send(mailing, USERS[0])
+    arrives(mailing, USERS[0], PASSWORD, token, host="host2")
+
+    again = deploy(mailing, check=0)
+    assert again.stdout == "deploy: nothing to do\n"
+    assert any(e.startswith("edge stays on host2 (the inventory begins it on host1)") for e in again.events), str(again)
+    assert mailing.fab("plan", "--inventory", MAIL, check=0).stdout == "plan: nothing to do\n"
+    assert "edge     host2" in mailing.fab("status", "--inventory", MAIL, check=0).stdout
+    name = variant(mailing, "edge", {"edge/haproxy.cfg": replaced("maxconn 4000", "maxconn 4001")})
+    was = container(mailing, "host2", "mail_edge")
+    assert "+ update service mail_edge\n    image: " in deploy(mailing, inventory=name, check=0).stdout
+    assert edge(mailing) == ["host2"] and container(mailing, "host2", "mail_edge") != was
+    healed(mailing)
+
+    assert "migrate: edge is on host1\n" in migrate(mailing, "host1", service="edge", check=0).stdout
+    assert told(mailing)[1:] == [call(mailing, "edge", "host2", "host1", "*")] and edge(mailing) == ["host1"]
+    done = migrate(mailing, "host1", service="edge", check=0)
+    assert done.stdout == "migrate: edge is on host1 already, nothing to do\n" and len(told(mailing)) == 2
+    clean(mailing)
+    again = deploy(mailing, check=0)
+    assert again.stdout == "deploy: nothing to do\n" and "edge stays" not in again.output
+
+
+def test_an_address_hook_that_fails(mailing: Project) -> None:
+    """The move stands; what is to be done by hand is the last word; nothing is left half done."""
+    with_hook(mailing, '#!/bin/sh\necho "$*" >>"${0%/*}/told"\necho no quota >&2\nexit 3\n')
+    result = migrate(mailing, "host2", service="edge")
+    assert result.status == 1 and "migrate: edge is on host2\n" in result.stdout, str(result)
+    warned, said = result.errors
+    assert warned == (
+        "warning: address hook: hook: exit status 3: no quota; "
+        "the move goes on, and the hook is run once more at its end"
+    )
+    by_hand = call(mailing, "edge", "host1", "host2", "").strip()
+    assert said.startswith("host2, address hook: hook: exit status 3: no quota -> make the name that mail programs use")
+    assert said.endswith(f"by hand, or mend it and run: {mailing.root}/address/hook {by_hand}"), said
+    assert told(mailing) == [by_hand] * 2 and edge(mailing) == ["host2"]
+    assert mailing.fab("migrate.status", "--inventory", MAIL, check=0).stdout == "no move is under way\n"
+    resumed = mailing.fab("migrate.resume", "--inventory", MAIL, check=0).stdout
+    assert resumed == "migrate: no move is under way, nothing to do\n"
+    already = migrate(mailing, "host2", service="edge", check=0).stdout
+    assert already == "migrate: edge is on host2 already, nothing to do\n"
+    (mailing.root / "address" / "hook").chmod(0o644)
+    refused = migrate(mailing, "host1", service="edge").errors
+    assert len(refused) == 1 and re.search(r"mail\.yml:\d+: stack\.address_hook: .* is not executable", refused[0])
+    with_hook(mailing)
+    migrate(mailing, "host1", service="edge", check=0)
+    assert edge(mailing) == ["host1"]
+
+
+def test_a_killed_move_of_the_edge(mailing: Project) -> None:
+    """Whatever comes next ends it well. A hook that was run may be run again."""
+    with_hook(mailing)
+    nexts = (
+        ("prepare", "the same"),
+        ("prepare", "abort"),
+        ("standby", "resume"),
+        ("address", "abort"),
+        ("tidy", "resume"),
+    )
+    for after, how in nexts:
+        [source] = edge(mailing)
+        target = "host2" if source == "host1" else "host1"
+        process = mailing.start("migrate", "--service", "edge", "--to", target, "--inventory", MAIL, "--no-verify")
+        assert process.stderr is not None
+        for line in process.stderr:
+            if f" s  {after}: " in line:
+                break
+        process.kill()
+        mailing.finish(process)
+        assert greets(mailing, source) or greets(mailing, target)
+        if has_begun(mailing):  # it may have been quicker
+            deploy(mailing).error("a service is being moved, or its move was interrupted")
+            refused = migrate(mailing, other(place(mailing)))
+            assert f"a move of edge from {source} to {target} was interrupted" in refused.errors[-1], str(refused)
+            finish(mailing, target, how, service="edge")
+        assert edge(mailing) in ([target], [source] if how == "abort" else [target])
+        clean(mailing)
+        assert mailing.fab("probe", "--inventory", MAIL, check=0)
+    if edge(mailing) != ["host1"]:
+        migrate(mailing, "host1", service="edge", check=0)
+
+
+def test_an_edge_that_does_not_come_up_there_stays_where_it_is(mailing: Project) -> None:
+    was = container(mailing, "host1", "mail_edge")
+    node = "$(docker node ls -qf node.label=swarmmail.host=host2)"
+    # a port that is had, although nobody listens: no check sees it
+    program = "import socket, time; s = socket.socket(); s.bind(('', 143)); time.sleep(600)"
+    mailing.sh("host2", f'systemd-run -q --unit taken python3 -c "{program}"')
+    try:
+        result = migrate(mailing, "host2", service="edge")
+        result.error("host2, standby: edge was not up there within 60 s; it stays on host1", "docker service ps")
+        assert edge(mailing) == ["host1"] and container(mailing, "host1", "mail_edge") == was
+        mailing.sh("host1", f"docker node update --availability drain {node}")
+        migrate(mailing, "host2", service="edge").error("host2 is ready and drain in the Swarm")
+    finally:
+        mailing.sh("host2", "systemctl stop taken")
+        mailing.sh("host1", f"docker node update --availability active {node}")
+    clean(mailing)
+
+
+def test_an_edge_whose_host_is_lost(mailing: Project) -> None:
+    """It has no data: nothing is needed of that host, the image comes from where it was built. When the host is back,
+    the edge does not come to life there again."""
+    migrate(mailing, "host2", service="edge", check=0)
+    mailing.stop("host2")
+    with_hook(mailing)
+    try:
+        managed = "docker node ls -q >/dev/null 2>&1 && echo yes"
+        eventually(lambda: mailing.sh("host1", managed, check=False) == "yes\n", 60, "the Swarm has its leader")
+        mailing.sh("host3", "docker rmi -f $(docker images -q swarmmail/edge) >/dev/null 2>&1; true")
+        result = migrate(mailing, "host3", service="edge", check=0)
+        assert "migrate: edge is on host3\n" in result.stdout
+        assert any(event.startswith("host3: image") for event in result.events), str(result)
+        assert told(mailing) == [call(mailing, "edge", "host2", "host3", "*")]
+        token = send(mailing, USERS[0])
+        arrives(mailing, USERS[0], PASSWORD, token, host="host3")
+    finally:
+        mailing.up(3)
+    eventually(lambda: mailing.bootstrap(MAIL, timeout=240).status == 0, 120, "the cluster is whole again")
+    eventually(lambda: edge(mailing) == ["host3"], 60, "it runs on host3 only")
+    migrate(mailing, "host1", service="edge", check=0)
+    healed(mailing)
 
 
 def extra(text: str) -> str:

@@ -422,7 +422,7 @@ def test_a_jump_that_is_nearly_a_host_is_noted(lab: Path) -> None:
 
 
 def test_check_files(lab: Path, folder: Path) -> None:
-    tls = "\n  tls: {certificate: tls.crt, key: tls.key}"
+    tls = "\n  tls: {certificate: tls.crt, key: tls.key}\n  address_hook: move-it"
     text = changed(("id\n", "id\n  known_hosts: known\n"), ("path: ../stacks/mail", f"path: ../stacks/mail{tls}"))
     loaded = load(lab, text.replace("role: worker", "role: worker\n    key: own"))
     at = folder / "inventories"
@@ -433,14 +433,21 @@ def test_check_files(lab: Path, folder: Path) -> None:
         f"inventories/lab.yml:16: stack.path: {folder}/stacks/mail/stack.yml: no such file",
         f"inventories/lab.yml:17: stack.tls.certificate: {at}/tls.crt: no such file",
         f"inventories/lab.yml:17: stack.tls.key: {at}/tls.key: no such file",
+        f"inventories/lab.yml:18: stack.address_hook: {at}/move-it: no such file",
     ]
     for name in (".lab/id", "inventories/known", "inventories/own", "stacks/mail/stack.yml", "inventories/tls.crt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     (at / "tls.key").mkdir()
+    (at / "move-it").write_text("#!/bin/sh\n")
     assert inventory.check_files(loaded) == [
         f"inventories/lab.yml:17: stack.tls.key: {at}/tls.key: cannot be read",
+        f"inventories/lab.yml:18: stack.address_hook: {at}/move-it: is not executable; chmod +x it",
     ]
+    (at / "tls.key").rmdir()
+    (at / "tls.key").touch()
+    (at / "move-it").chmod(0o755)
+    assert inventory.check_files(loaded) == []
 
 
 def make(*names: str) -> None:

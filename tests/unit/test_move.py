@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import settings
@@ -122,6 +122,8 @@ class FakeJournal:
 class FakeActs:
     """The acts, cut into the pieces between which a run can die."""
 
+    steps = model.steps("mda", SOURCE, TARGET, hook=True)
+
     def __init__(self, world: World, move: Move, before: Callable[[str], None]) -> None:
         self.world, self.move, self.before = world, move, before
 
@@ -198,6 +200,10 @@ class FakeActs:
             raise NotServing("not up")
         if not self.world.well:
             raise NotServing("ill")
+
+    def address(self) -> None:
+        self.before("address")
+        assert self.move.target in self.world.running, "the world is sent where nobody answers"
 
     def release(self) -> None:
         self.before("release")
@@ -415,7 +421,67 @@ def test_a_target_that_does_not_serve_is_tidied_up_and_said() -> None:
     assert world.running == {TARGET} and world.journal is None and world.markers[SOURCE] == (1, STALE)
 
 
+WITHOUT_DATA = replace(a_move(), service="edge", role="edge", volumes=())
+
+
+class Told:
+    """Acts of a service without data: they only remember that they were done. One of them may fail, or be the last."""
+
+    steps = model.steps("edge", SOURCE, TARGET, data=False, hook=True)
+
+    def __init__(self, at: str = "", how: BaseException | None = None) -> None:
+        self.done: list[str] = []
+        self.at, self.how = at, how
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        def act() -> None:
+            self.done.append(name)
+            if name == self.at and self.how is not None:
+                raise self.how
+
+        return act
+
+
+def without_data(acts: Told, world: World, act: Callable[[Run], object] = Run.forward) -> None:
+    act(Run(WITHOUT_DATA, acts, FakeJournal(world, lambda what: None)))  # type: ignore[arg-type]
+
+
+def test_a_service_without_data_answers_on_the_target_before_it_ends_on_the_source() -> None:
+    world, acts = World(journal=(WITHOUT_DATA, Phase.COPY)), Told()
+    without_data(acts, world)
+    assert acts.done == ["prepare", "standby", "serve", "address", "tidy", "after"] and world.journal is None
+    assert acts.done == [step.name for step in Told.steps]
+
+
+def test_a_service_without_data_that_does_not_answer_there_stays() -> None:
+    world, acts = World(journal=(WITHOUT_DATA, Phase.COPY)), Told("standby", HostError("not up"))
+    with pytest.raises(HostError, match="not up"):
+        without_data(acts, world)
+    assert acts.done == ["prepare", "standby", "revive", "release", "retreat"] and world.journal is None
+
+
+@pytest.mark.parametrize(
+    ("at", "then"),
+    [
+        ("prepare", ["revive", "release", "retreat"]),
+        ("standby", ["revive", "release", "retreat"]),
+        ("serve", ["serve", "address", "tidy", "after"]),
+        ("address", ["serve", "address", "tidy", "after"]),
+        ("tidy", ["tidy", "after"]),
+        ("after", ["tidy", "after"]),
+    ],
+)
+def test_a_killed_move_of_a_service_without_data_is_undone_or_finished(at: str, then: list[str]) -> None:
+    world = World(journal=(WITHOUT_DATA, Phase.COPY))
+    with pytest.raises(Killed):
+        without_data(Told(at, Killed()), world)
+    acts = Told()
+    without_data(acts, world, Run.recover)
+    assert acts.done == then and world.journal is None
+
+
 def test_the_journal_keeps_the_move() -> None:
+    assert model.decode(WITHOUT_DATA.encode()) == WITHOUT_DATA
     assert model.decode(a_move().encode()) == a_move()
     for wrong in (b"", b"{}", b"[]", b"\xff", b'{"volumes": 3}'):
         with pytest.raises(Refused, match="can't be read"):
@@ -438,8 +504,9 @@ def test_room_counts_what_is_there_already() -> None:
     assert model.room(need, Measured(free=200, free_inodes=0), "h") == [], "a file system without inodes"
 
 
-def test_every_step_says_what_it_does_and_its_phase_never_goes_back() -> None:
-    found = model.steps("mda", SOURCE, TARGET)
+@pytest.mark.parametrize("data", [True, False])
+def test_every_step_says_what_it_does_and_its_phase_never_goes_back(data: bool) -> None:
+    found = model.steps("mda", SOURCE, TARGET, data=data, hook=True)
     order = [Phase.COPY, Phase.STOP, Phase.CUTOVER, Phase.AFTER]
     assert [order.index(step.phase) for step in found] == sorted(order.index(step.phase) for step in found)
     assert all((step.undo is None) == step.phase.is_forward_only for step in found)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from builders import make_inventory
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmmail.model import yamlfile
 from swarmmail.model.errors import Refused
 from swarmmail.model.facts import HostFacts, Marker
-from swarmmail.model.placement import place
+from swarmmail.model.inventory import Stack
+from swarmmail.model.placement import known_host, place
 from swarmmail.model.stack import Service, StackFile
 from swarmmail.model.swarm import HOST_LABEL, Node, Swarm
 
@@ -75,7 +78,7 @@ def test_data_elsewhere_stays_and_is_said() -> None:
 @pytest.mark.parametrize(
     ("labelled", "there", "words"),
     [
-        ({"host1", "host2"}, {}, "two nodes claim its data"),
+        ({"host1", "host2"}, {}, "two nodes claim it by label"),
         ({"host1"}, {}, "no volume with a marker"),
         ({"host1"}, {"host2": (1, "live", 2)}, "where there is no live copy|there is no volume"),
         (set(), {"host1": (2, "live", 2), "host2": (2, "live", 2)}, "on several hosts"),
@@ -87,6 +90,39 @@ def test_contradictions_are_for_a_person(
 ) -> None:
     with pytest.raises(Refused, match=words):
         place("lab", STACK, MDA, "host3", *world(labelled, there))
+
+
+EDGE = Service("mda", "edge", "i:1", None, {}, "", (143,))
+
+
+@pytest.mark.parametrize(
+    ("labelled", "found", "label"), [(set(), "host3", True), ({"host3"}, "host3", False), ({"host2"}, "host2", False)]
+)
+def test_without_data_the_label_alone_says_where(labelled: set[str], found: str, label: bool) -> None:
+    hosts, swarm = world(labelled, {"host1": (3, "live", 2)})
+    there = place("lab", STACK, EDGE, "host3", hosts, swarm)
+    assert (there.host, there.generation, there.new, there.label) == (found, 1, False, label)
+    says = "mda stays on host2 (the inventory begins it on host3): it is moved by fab migrate only"
+    assert there.note == (says if found == "host2" else "")
+
+
+def test_without_data_two_labels_are_for_a_person_too() -> None:
+    with pytest.raises(Refused, match=r"two nodes claim it by label: host1, host2 -> .*migrate\.abort"):
+        place("lab", STACK, EDGE, "host3", *world({"host1", "host2"}, {}))
+    hosts, swarm = world({"host1"}, {})
+    del hosts["host1"]
+    with pytest.raises(Refused, match="it is on node host1, which is not in the inventory -> add it"):
+        place("lab", STACK, EDGE, "host3", hosts, swarm)
+
+
+def test_where_a_service_is_as_far_as_it_is_known() -> None:
+    """Before there is a Swarm, and after a move; one that is bound to no host is nowhere, whatever a label says."""
+    mm = make_inventory("mm")
+    inventory = mm.model_copy(update={"stack": Stack(path=Path("mail"), placement={"web": "host2"})})
+    _, moved = world({"host2"}, {})
+    assert known_host(EDGE, inventory, None) == "host1" and known_host(EDGE, inventory, moved) == "host2"
+    assert known_host(replace(EDGE, name="web", role=""), inventory, moved) == "host2"
+    assert known_host(replace(EDGE, role=""), inventory, moved) == ""
 
 
 def test_volumes_of_another_cluster_do_not_count() -> None:

@@ -396,17 +396,34 @@ networks:
 
 
 @pytest.mark.parametrize(
-    ("placement", "edge"),
-    [("{mta: host1, mda: host2}", "host1"), ("{mta: host1, mda: host2, edge: host2}", "host2")],
+    ("more", "edge", "web"), [("", "host1", ""), (", edge: host2", "host2", ""), (", web: host2", "host1", "host2")]
 )
-def test_an_edge_is_where_people_know_it(folder: Path, placement: str, edge: str) -> None:
-    file, loaded = read(changed("networks:\n  overlay", f"{EDGE}  overlay"), placement=placement)
+def test_a_service_without_data_may_be_bound_to_a_host_and_the_edge_is(
+    folder: Path, more: str, edge: str, web: str
+) -> None:
+    file, loaded = read(changed("networks:\n  overlay", f"{EDGE}  overlay"), placement=f"{PLACEMENT[:-1]}{more}}}")
     filling = Filling(
         {**FILLING.commands, "edge": (), "web": ()}, FILLING.generations, FILLING.secrets, FILLING.configs
     )
     rendered = stack.render(file, loaded, filling)["services"]
-    assert rendered["edge"]["deploy"]["placement"]["constraints"] == [f"node.labels.swarmmail.host == {edge}"]
-    assert "mode" not in rendered["edge"]["deploy"] and "placement" not in rendered["web"]["deploy"]
+    for name, host in (("edge", edge), ("web", web)):
+        assert stack.first_host(file.services[name], loaded) == host
+        deploy = rendered[name].get("deploy") or {}
+        constraints = [f"node.labels.swarmmail.{name} == true"] if host else []
+        assert (deploy.get("placement") or {}).get("constraints", []) == constraints
+        assert deploy.get("mode") == ("global" if host else None)
+
+
+@pytest.mark.parametrize("how", ["replicas: 2", "mode: global"])
+def test_a_service_that_is_bound_to_a_host_runs_once(folder: Path, how: str) -> None:
+    text = changed("networks:\n  overlay", f"{EDGE}  overlay").replace(
+        "example/web:1\n", f"x:1\n    deploy: {{{how}}}\n"
+    )
+    read(text)
+    with pytest.raises(
+        InputError, match=r":\d+: services\.web\.deploy: a service that is bound to a host .* runs once"
+    ):
+        read(text, placement="{mta: host1, mda: host2, web: host1}")
 
 
 def test_what_two_services_share_by_an_anchor_is_apart_when_rendered(folder: Path) -> None:
