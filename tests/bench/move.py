@@ -98,7 +98,7 @@ def naive(project: Project, target: str) -> None:
     project.sh("host1", f"docker node update --label-rm swarmmail.mda {node[source]}")
     eventually(lambda: not container(project, source, "mail_mda"), 60)
     project.sh(source, copy, timeout=1800)
-    text = "".join(f"{k}={v}\n" for k, v in {**marker(project, target, "mail_mail"), "node": node[target]}.items())
+    text = "".join(f"{k}={v}\n" for k, v in {**marker(project, source, "mail_mail"), "node": node[target]}.items())
     project.sh(target, f"cat >{there}/.swarmmail-volume <<'EOF'\n{text}EOF")
     project.sh("host1", f"docker node update --label-add swarmmail.mda=true {node[target]}")
     eventually(lambda: serves(project, target), 120)
@@ -207,9 +207,9 @@ def main() -> int:
                 for way in WAYS:
                     rows.append(limit(project, size) if way == "restart" else measured(project, way, size))
                     report.progress(" ".join(map(str, astuple(rows[-1]))))
-    if given.csv:
-        with given.csv.open("w", newline="") as file:
-            csv.writer(file).writerows([[field.name for field in fields(Row)], *map(astuple, rows)])
+                    if given.csv:
+                        with given.csv.open("w", newline="") as file:
+                            csv.writer(file).writerows([[field.name for field in fields(Row)], *map(astuple, rows)])
     show(rows)
     return 0
 
