@@ -166,7 +166,9 @@ class Server:
         for thread in pumps:
             thread.join(20)
         with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
-            channel.send_exit_status(process.returncode)
+            # killed by a signal: as a shell says it
+            status = process.returncode
+            channel.send_exit_status(status if status >= 0 else 128 - status)
 
     def _docker(self, channel: Any) -> None:
         """A Docker that knows its version."""
