@@ -272,6 +272,26 @@ def test_a_content_that_differs_under_the_same_size_and_time(run, tmp_path: Path
     assert manifest(run, volume, "one") != manifest(run, there, "two")
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "seen"), [("mail", 2000, True), ("dovecot-uidlist", 1000, True), ("mail", 1000, False)]
+)
+def test_contents_are_compared_of_what_changed_and_of_certain_names(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, volume: Path, name: str, changed: int, seen: bool
+) -> None:
+    """Beside the sample, which here holds nothing."""
+    said = []
+    for path, text in ((volume, "one"), (tmp_path / "volumes" / "copy" / "_data", "two")):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+        os.utime(path / name, (changed, changed))
+        os.utime(path, (1000, 1000))
+        (tmp_path / "run" / "swarmmail-move-x").mkdir(parents=True, exist_ok=True)
+        done = run("manifest", "x", 1500, 999, 1000, "dovecot-uidlist", path)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert (said[0] != said[1]) is seen, said
+
+
 # ---- copying ----
 
 
