@@ -28,6 +28,13 @@ if ip xfrm state add src 127.255.255.253 dst 127.255.255.254 proto esp spi 0x0d0
       aead 'rfc4106(gcm(aes))' 0x0000000000000000000000000000000000000000 64 2>/dev/null; then
   echo yes; ip xfrm state del src 127.255.255.253 dst 127.255.255.254 proto esp spi 0x0d0c0001 2>/dev/null
 fi
+# Docker opens its socket for ESP when it starts, or never (moby, libnetwork/ns: getSupportedNlFamilies). 6: NETLINK_XFRM.
+s docker-esp
+pid=$(systemctl show docker -p MainPID --value 2>/dev/null)
+if [ "${pid:-0}" -gt 0 ]; then
+  mine=" $(ls -l "/proc/$pid/fd" 2>/dev/null | sed -n 's/.*socket:\[\([0-9]*\)\]$/\1/p' | tr '\n' ' ') "
+  awk -v mine="$mine" '$2 == 6 && index(mine, " " $NF " ") { found = 1 } END { print found ? "yes" : "no" }' /proc/net/netlink
+fi
 s mesh-config; cat /etc/wireguard/swarmmail.conf 2>/dev/null
 # A tunnel that is just starting has no key yet, and says "(none)".
 s mesh-key;    wg show swarmmail public-key 2>/dev/null | grep -v none || { [ -s /etc/wireguard/swarmmail.key ] && wg pubkey </etc/wireguard/swarmmail.key 2>/dev/null; }

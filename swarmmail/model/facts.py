@@ -83,6 +83,9 @@ class HostFacts:
     tun: bool = False
     wireguard_kernel: bool = False
     esp: bool = False
+    """The kernel takes an ESP state with AES-GCM."""
+    docker_esp: bool | None = None
+    """The running Docker can tell the kernel of ESP states; None when it does not run."""
     mesh: Mesh = Mesh()
     units: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Unit to (active state, enabled state)."""
@@ -133,6 +136,7 @@ def parse(name: str, text: str) -> HostFacts:
         tun=first("tun") == "yes",
         wireguard_kernel=first("wireguard") == "yes",
         esp=first("esp") == "yes",
+        docker_esp={"yes": True, "no": False}.get(first("docker-esp")),
         mesh=Mesh(
             config=sections.get("mesh-config", "").strip(),
             public_key=first("mesh-key"),

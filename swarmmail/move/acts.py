@@ -438,6 +438,7 @@ class HostActs:
             host,
             "manifest",
             self.move.id,
+            "yes" if host is self.target else "no",
             self._changed,
             1 + self._chance % step,
             step,

@@ -257,14 +257,15 @@ progress() { folder "$1"; tail -c 300 "$D/progress" 2>/dev/null | tr '\r' '\n' |
 
 # ---- comparing ----
 
-# manifest ID SINCE FIRST STEP ALSO PATH...: for each path a line "entries hash hashed hash-of-contents". Contents: of what has
-# changed since SINCE (epoch), of files named ALSO, and of every STEP-th entry from FIRST on, if it is a file; up to 16 MB each,
+# manifest ID FLUSH SINCE FIRST STEP ALSO PATH...: for each path a line "entries hash hashed hash-of-contents". Contents: of what
+# has changed since SINCE (epoch), of files named ALSO, and of every STEP-th entry from FIRST on, if it is a file; up to 16 MB each,
 # as rsync itself compared the checksum of each file that it sent. One walk: the stat(2) of each entry is what takes time.
+# FLUSH: yes on the side that will come to life: it must be on the disk.
 manifest() {
-    folder "$1"; since=$2 first=$3 step=$4 also=$5; shift 5
+    folder "$1"; flush=$2 since=$3 first=$4 step=$5 also=$6; shift 6
     for path; do
         cd "$path" || exit 1
-        sync -f . & # what comes to life must be on the disk
+        [ "$flush" != yes ] || sync -f . &
         find . -mindepth 1 ! -path ./.swarmmail-volume ! -path ./.swarmmail-volume.new \
             \( -type f -size -16384k \( -newermt "@$since" -o -name "$also" \) -fprint0 "$D/contents" , \
             \( -type d -printf 'd 0 %m %U %G %T@ 0 %p\0' -o -type f -printf 'f %s %m %U %G %T@ %n %p\0' \

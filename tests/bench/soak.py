@@ -1,6 +1,7 @@
-"""Moves of the MDA under mail and IMAP clients, in each of which something goes wrong, drawn at random.
+"""Moves of the MDA under mail and IMAP clients, in each of which something goes wrong, drawn at random: half of them
+from the faults that the tests know, half from those that may come at any time, after any step.
 
-    python -m tests.bench.soak [N] [--seed SEED] [--only PART-OF-A-FAULT] [--rate 10] [--csv FILE]
+    python -m tests.bench.soak [N] [--seed SEED] [--only PART-OF-A-FAULT] [--rate 5] [--csv FILE]
 
 On three lab hosts of its own, in the checkout's virtual environment; about half a minute a run. A row for each run:
 its seed, the fault, how it ended, mails lost and unexpected, moments with two writers, actions of IMAP clients not
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lab"))
 import pytest
 from conftest import MAIL, Project
 from mailing import PASSWORD, container
-from moving import FAULTS, READER, USERS, accounts_for, go_wrong, own_lab, place
+from moving import AT_EACH_STEP, FAULTS, READER, USERS, accounts_for, go_wrong, own_lab, place
 from stream import Clients, Stream, Watch, lmtp_probe, longest
 
 from swarmmail import report
@@ -52,7 +53,8 @@ class Row:
 
 def one(project: Project, seed: int, only: str, rate: float) -> Row:
     rng = random.Random(seed)  # noqa: S311
-    fault = rng.choice([name for name in FAULTS if only in name])
+    groups = [[name for name in group if only in name] for group in (FAULTS, AT_EACH_STEP)]
+    fault = rng.choice(rng.choice([group for group in groups if group]))
     accounts_for(project)
     with (
         Watch(project) as watch,
@@ -103,7 +105,7 @@ def main() -> int:
     parser.add_argument("runs", type=int, nargs="?", default=10)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))  # noqa: S311
     parser.add_argument("--only", default="")
-    parser.add_argument("--rate", type=float, default=10)
+    parser.add_argument("--rate", type=float, default=5)
     parser.add_argument("--csv", type=Path)
     given = parser.parse_args()
     names = [field.name for field in fields(Row)]

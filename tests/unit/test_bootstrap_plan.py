@@ -815,3 +815,6 @@ def test_rules_that_encrypt_the_overlay_are_put_back() -> None:
     assert planned(esp_rules=()) == []  # no task of it here, so no rules
     for left in ((), (mark,), (drop,)):
         assert planned(overlays=here, esp_rules=left) == [("start", "host2")]
+    # a module came after Docker had started: it would refuse each task there
+    assert planned(docker_esp=True) == planned(docker_esp=None) == []
+    assert planned(docker_esp=False) == [("start", "host2")]

@@ -55,6 +55,8 @@ def test_a_real_host() -> None:
     }
     assert seen.resolvers == ("10.255.255.53",)
     assert (seen.tun, seen.wireguard_kernel, seen.esp) == (True, False, False)
+    assert seen.docker_esp is False
+    assert (changed("docker-esp", "yes").docker_esp, changed("docker-esp", "").docker_esp) == (True, None)
     assert seen.units == dict.fromkeys(("docker", "swarmmail-guard", "wg-quick@swarmmail"), ("active", "enabled"))
     assert seen.listening == {22, 25, 2377, 7946}
     assert seen.markers == (Marker("mail_queue", "lab", "mta", 1, "pn6dosmzootdtbeop7kfi4hyn", "live"),)
@@ -106,6 +108,7 @@ AFFECTED = {
     },
     "addresses": {"addresses", "mtus"},
     "wireguard": {"wireguard_kernel"},
+    "docker-esp": {"docker_esp"},
     "volumes": {"markers"},
     "root": set(),
     **{key: {"mesh"} for key in ("mesh-config", "mesh-key", "mesh-peers", "mesh-port", "mesh-link", "files", "guard")},

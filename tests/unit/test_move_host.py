@@ -87,7 +87,7 @@ def test_a_command_of_a_move_that_was_ended_does_nothing(run, volume: Path) -> N
         ("mark", "gone", volume, text("held"), ",live,"),
         ("stop", "gone", "-", 1, "mail_mail", os.getpid()),
         ("pass", "gone", 0, "x@y", 0, f"{volume}={volume}"),
-        ("manifest", "gone", 0, 1, 1, "x", volume),
+        ("manifest", "gone", "no", 0, 1, 1, "x", volume),
     ):
         done = run(*words)
         assert done.returncode == 3 and "ended by somebody else" in done.stderr, words
@@ -215,7 +215,7 @@ def test_closing_takes_away_keys_and_copies_of_moves_and_nothing_else(run, serve
 def manifest(run, path: Path, id_: str, since: float = 0.0) -> str:  # type: ignore[no-untyped-def]
     folder = Path(str(path).split("/volumes/")[0]) / "run" / f"swarmmail-move-{id_}"
     folder.mkdir(parents=True, exist_ok=True)
-    done = run("manifest", id_, int(since), 1, 1, "dovecot-uidlist", path)
+    done = run("manifest", id_, "no", int(since), 1, 1, "dovecot-uidlist", path)
     assert done.returncode == 0, done.stderr
     return str(done.stdout)
 
@@ -286,7 +286,7 @@ def test_contents_are_compared_of_what_changed_and_of_certain_names(  # type: ig
         os.utime(path / name, (changed, changed))
         os.utime(path, (1000, 1000))
         (tmp_path / "run" / "swarmmail-move-x").mkdir(parents=True, exist_ok=True)
-        done = run("manifest", "x", 1500, 999, 1000, "dovecot-uidlist", path)
+        done = run("manifest", "x", "no", 1500, 999, 1000, "dovecot-uidlist", path)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     assert (said[0] != said[1]) is seen, said
