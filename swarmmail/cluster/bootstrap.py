@@ -48,7 +48,7 @@ def observe(fleet: Fleet, strict: bool = True) -> Observed:
     fleet[model.managers(fleet.inventory)[0]].open_docker()  # most likely the one that is asked below
     facts = gather_all(fleet, strict)
     try:
-        return Observed(facts, _swarm(fleet, facts))
+        return Observed(facts, look_at_swarm(fleet, facts))
     except NoManager:
         if not strict or not model.hindered(facts):
             raise
@@ -71,15 +71,20 @@ def _refresh(fleet: Fleet, before: Observed) -> Observed:
     """
     seen = fleet.each(swarm.membership)
     facts = {name: replace(before.hosts[name], **seen[name]) for name in before.hosts}
-    return Observed(facts, _swarm(fleet, facts))
+    return Observed(facts, look_at_swarm(fleet, facts))
 
 
 def look_again(fleet: Fleet, before: Observed) -> Observed:
     """The Swarm anew, as a manager sees it; the hosts' own facts as they were."""
-    return Observed(before.hosts, _swarm(fleet, before.hosts))
+    return Observed(before.hosts, look_at_swarm(fleet, before.hosts))
 
 
-def _swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
+def look_at_swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
+    """The Swarm as its first manager that answers sees it; None when no host says that it is one.
+
+    Raises:
+        NoManager: there are managers, and none answers.
+    """
     candidates = [n for n in fleet.inventory.hosts if facts[n].swarm == "active" and facts[n].is_manager]
     chosen = model.managers(fleet.inventory)
     candidates.sort(key=lambda name: name not in chosen)  # one that is to be demoted could not see that end

@@ -113,7 +113,7 @@ def _hosts(
         facts = gather_all(fleet, strict=False)
         swarm = None
         try:
-            swarm = bootstrap._swarm(fleet, facts)
+            swarm = bootstrap.look_at_swarm(fleet, facts)
         except SwarmmailError as error:
             problems.append(error)
         observed = Observed(facts, swarm)

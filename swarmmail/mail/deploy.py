@@ -41,7 +41,7 @@ START_LIMIT = patient(120)  # seconds for all tasks to run and be healthy
 SETTLES = 5
 """Seconds within which the Swarm acts on a constraint that does not hold any more, or on a node that came back."""
 FAILED = ("failed", "rejected")
-HELD = "port is already allocated"
+PORT_TAKEN = "port is already allocated"
 """Docker's words when a container there has the port: the service's own, which is stopping. The Swarm tries again."""
 PORT_PATIENCE = model.MAX_GRACE + 5
 """Seconds that the task before may take to stop and free its port."""
@@ -600,7 +600,7 @@ def _missing(fleet: Fleet, stack: StackFile, seen: Seen, name: str, trouble: _Tr
     if not current:
         return "no task yet"
     for task in current:
-        failed = task["Status"]["State"] in FAILED and HELD not in str(task["Status"].get("Err", ""))
+        failed = task["Status"]["State"] in FAILED and PORT_TAKEN not in str(task["Status"].get("Err", ""))
         if failed and task["ID"] not in trouble.before:
             trouble.failed.add(task["ID"])
     alive = [task for task in current if task["DesiredState"] in ("ready", "running")]

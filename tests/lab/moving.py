@@ -186,11 +186,30 @@ def _large_disk(scene: Scene) -> None:
 
 RESTART = "systemctl restart docker"
 UPDATE = "docker service update -d --force mail_mda"
-CUT = (
-    "nft add table inet planted; nft 'add chain inet planted in {{ type filter hook input priority -400; }}'; "
-    "nft add rule inet planted in ip saddr {address} tcp dport 22 drop; "
-    "(sleep {seconds}; nft delete table inet planted) >/dev/null 2>&1 &"
-)
+
+
+def dropping(*rules: str) -> str:
+    """An nft script in a table of its own, ``planted``; each rule begins with ``in`` or ``out``."""
+    chains = "".join(
+        f"add chain inet planted {way} {{ type filter hook {way}put priority -400; }}; " for way in ("in", "out")
+    )
+    return f"nft 'add table inet planted; {chains}{'; '.join(f'add rule inet planted {rule} drop' for rule in rules)}'"
+
+
+def _dropping_for(seconds: int, *rules: str) -> str:
+    return f"{dropping(*rules)}; (sleep {seconds}; nft delete table inet planted) >/dev/null 2>&1 &"
+
+
+@contextlib.contextmanager
+def planted(project: Project, host: str, service: str, rule: str) -> Iterator[None]:
+    """A rule that drops packets in the network of a service's container, for a while."""
+    found = container(project, host, service)
+    inside = f"nsenter -t $(docker inspect -f '{{{{.State.Pid}}}}' {found}) -n"
+    project.sh(host, f"{inside} {dropping(rule)}")
+    try:
+        yield
+    finally:
+        project.sh(host, f"{inside} nft delete table inet planted")
 
 
 def _cut(seconds: int) -> Act:
@@ -198,18 +217,12 @@ def _cut(seconds: int) -> Act:
 
     def do(scene: Scene) -> None:
         address = scene.project.address(scene.source)
-        scene.project.sh(scene.target, CUT.format(address=address, seconds=seconds))
+        scene.project.sh(scene.target, _dropping_for(seconds, f"in ip saddr {address} tcp dport 22"))
 
     return do
 
 
-ALONE = (
-    "nft add table inet planted; "
-    "nft 'add chain inet planted in { type filter hook input priority -400; }'; "
-    "nft 'add chain inet planted out { type filter hook output priority -400; }'; "
-    "nft add rule inet planted in iifname != lo drop; nft add rule inet planted out oifname != lo drop; "
-    "(sleep 15; nft delete table inet planted) >/dev/null 2>&1 &"
-)
+ALONE = _dropping_for(15, "in iifname != lo", "out oifname != lo")
 """Nothing comes in and nothing gets out, for some seconds: neither the operator's SSH nor the Swarm's own words."""
 ANY = ("undone", "left", "moved")
 HANG_UP = "pkill -x sshd-session"

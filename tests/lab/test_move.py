@@ -46,6 +46,7 @@ from moving import (
     migrate,
     other,
     place,
+    planted,
 )
 from stream import Clients, Probe, Stream, Watch, lmtp_probe, longest
 
@@ -142,18 +143,11 @@ def test_a_way_that_is_dead_does_not_keep_the_mail(mailing: Project) -> None:
     """For some moments the name leads to the container that has gone, too, and here nothing comes back from there: what
     is held must not wait until a connection gives up (it was 30 s)."""
     target = other(place(mailing))
-    mta = mailing.sh("host1", f"docker inspect -f '{{{{.State.Pid}}}}' {container(mailing, 'host1', 'mail_mta')}")
-    inside = f"nsenter -t {mta.strip()} -n nft"
     address = mailing.sh("host1", f"docker exec {container(mailing, 'host1', 'mail_mta')} getent ahostsv4 mda").split()
-    rules = "{ type filter hook output priority 0; }"
-    mailing.sh("host1", f"{inside} add table inet planted; {inside} 'add chain inet planted out {rules}'")
-    mailing.sh("host1", f"{inside} add rule inet planted out ip daddr {address[0]} drop")
-    try:
+    with planted(mailing, "host1", "mail_mta", f"out ip daddr {address[0]}"):
         result = migrate(mailing, target, check=0)
-        [away] = re.findall(r"it was away (\d+\.\d+) s", result.stdout)
-        assert float(away) < 15, str(result)
-    finally:
-        mailing.sh("host1", f"{inside} delete table inet planted")
+    [away] = re.findall(r"it was away (\d+\.\d+) s", result.stdout)
+    assert float(away) < 15, str(result)
     token = send(mailing, USERS[0])
     arrives(mailing, USERS[0], PASSWORD, token)
 
@@ -202,16 +196,11 @@ def test_a_target_that_does_not_serve_is_said_and_can_be_left(mailing: Project) 
     for line in process.stderr:
         if " s  standby: " in line:
             break
-    task = container(mailing, target, "mail_mda")
-    inside = f"nsenter -t $(docker inspect -f '{{{{.State.Pid}}}}' {task}) -n nft"
-    rules = "{ type filter hook input priority 0; }"
-    mailing.sh(target, f"{inside} add table inet planted; {inside} 'add chain inet planted in {rules}'")
-    mailing.sh(target, f"{inside} add rule inet planted in iifname != lo tcp dport 24 drop")
-    said = mailing.finish(process, 300)
-    said.error(target, "has its data on .* and does not answer: no LMTP greeting within 20 s")
-    assert place(mailing) == target
-    clean(mailing)
-    mailing.sh(target, f"{inside} delete table inet planted")
+    with planted(mailing, target, "mail_mda", "in iifname != lo tcp dport 24"):
+        said = mailing.finish(process, 300)
+        said.error(target, "has its data on .* and does not answer: no LMTP greeting within 20 s")
+        assert place(mailing) == target
+        clean(mailing)
     migrate(mailing, source, check=0)
     token = send(mailing, USERS[0])
     arrives(mailing, USERS[0], PASSWORD, token)
