@@ -76,10 +76,10 @@ WAYS = ("migrate", "naive", "restart")
 
 def migrate(project: Project, target: str) -> str:
     words = ("migrate", "--service", "mda", "--to", target, "--inventory", MAIL, NO_PROOF, "--times")
-    said = project.fab(*words, timeout=1800, check=0).stdout
-    for line in said.splitlines():
+    result = project.fab(*words, timeout=1800, check=0)
+    for line in (*result.events, *result.stdout.splitlines()):
         report.progress(line)
-    return said
+    return result.stdout
 
 
 def rsync(project: Project, source: str, target: str, there: str) -> str:

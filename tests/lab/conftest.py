@@ -19,9 +19,13 @@ Project
     ``check=0`` (any status) fails the test unless the command ends with it. ``start`` does not wait for it.
     ``inventory(name, hosts=, **changes)`` writes ``inventories/NAME.yml`` and returns NAME, for ``--inventory``.
     ``sh(host, script)`` runs a script on a host past SSH (for breaking things, and when SSH is broken).
+    ``on(host, *words)`` is the command, here, that runs a program there.
     ``host(name)`` is a ``swarmmail.hosts.connection.Host``: SSH and Docker API, for looking.
     ``image(host)`` gives a host a tiny image (``sleep``, ``echo``), without any registry; its name.
     ``up(hosts, bare)``, ``stop(host)``, ``reboot(host)``, ``reset(*hosts)``, ``address(host)``, ``bridge``.
+
+``SWARMMAIL_LAB=vm`` gives these fixtures virtual hosts: the same tests, with kernels of their own (and a lot of
+patience, since those may be emulated).
 
 Tests never touch a lab of the checkout itself. A killed session leaves its lab behind; the next one removes it.
 """
@@ -36,6 +40,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -65,6 +70,10 @@ REPO = Path(__file__).resolve().parents[2]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HOSTS = ("host1", "host2", "host3")
+DRIVER = os.environ.get("SWARMMAIL_LAB", "")
+"""What the fixtures' hosts are: containers, or ``vm``."""
+SLOW = 10 if DRIVER == "vm" else 1
+"""How many times as long to wait for a command before it counts as hanging."""
 CLUSTER = "cluster"
 """Name of the inventory that ``clustered`` uses: three managers, no stack."""
 MAIL = "mail"
@@ -170,9 +179,25 @@ class Project:
         (self.root / "home").mkdir()
         shutil.copy(REPO / "fabfile.py", self.root)
         shutil.copytree(REPO / "stacks", self.root / "stacks")
+        if DRIVER == "vm":
+            self.ask_seldom()
         manual = REPO / "inventories" / "example.yml"
         if manual.exists():
             shutil.copy(manual, self.root / "inventories")
+
+    def ask_seldom(self) -> None:
+        """Health is asked seldom and patiently: each time Docker starts a process in the container, which takes an
+        emulated host a second of its processor, and the services would be ended for the time that their checks take."""
+        stack = self.root / "stacks" / "mail" / "stack.yml"
+        text = stack.read_text()
+        for old, new in (
+            ("start_interval: 500ms", "start_interval: 5s"),
+            ("start_period: 60s", "start_period: 600s"),
+            ("timeout: 10s", "timeout: 120s"),
+        ):
+            assert old in text, text
+            text = text.replace(old, new)
+        stack.write_text(text)
 
     def remove(self) -> None:
         self.disconnect()
@@ -187,7 +212,8 @@ class Project:
         disk of virtual hosts takes a minute to make."""
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "DOCKER_HOST", "TMPDIR")}
         own = {"HOME": str(self.root / "home"), "XDG_CACHE_HOME": str(vmimage.cache(os.environ).parents[1])}
-        return {**kept, **own, "PYTHONPATH": str(REPO), **(env or {})}
+        slow = {"SWARMMAIL_PATIENCE": "4"} if DRIVER == "vm" else {}
+        return {**kept, **own, **slow, "PYTHONPATH": str(REPO), **(env or {})}
 
     def start(self, *words: str, env: Mapping[str, str] | None = None, stdin: str = "") -> subprocess.Popen[str]:
         with tempfile.TemporaryFile("w+") as given:
@@ -208,7 +234,7 @@ class Project:
         began = time.monotonic()
         words = tuple(str(word) for word in process.args[3:])  # type: ignore[index]
         try:
-            out, err = process.communicate(timeout=timeout)
+            out, err = process.communicate(timeout=SLOW * timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()
@@ -294,6 +320,13 @@ class Project:
             ["docker", *words], input=stdin, capture_output=True, text=True, timeout=timeout, check=False
         )
 
+    def on(self, host: str, *words: str) -> list[str]:
+        if self.driver.kind == "vm":
+            lab = self.root / ".lab"
+            keys = ("-i", f"{lab}/id_ed25519", "-o", f"UserKnownHostsFile={lab}/known_hosts", "-o", "BatchMode=yes")
+            return ["ssh", "-F", "/dev/null", *keys, f"root@{self.address(host)}", shlex.join(words)]
+        return ["docker", "exec", "-i", self.container(host), *words]
+
     def sh(self, host: str, script: str, *, check: bool = True, timeout: float = 60) -> str:
         """Run a script as root on a host, past SSH (a virtual one: by SSH); what it wrote on both streams."""
         if self.driver.kind == "vm":
@@ -359,7 +392,7 @@ def eventually(good: Callable[[], Any], seconds: float, what: str = "") -> float
     """Wait until something holds; after how many seconds it did. Fails the test when it does not."""
     began = time.monotonic()
     while not good():
-        assert time.monotonic() - began < seconds, f"not within {seconds:g} s: {what or good}"
+        assert time.monotonic() - began < SLOW * seconds, f"not within {seconds:g} s: {what or good}"
         time.sleep(0.05)
     return time.monotonic() - began
 
@@ -440,7 +473,7 @@ def make_project(place: Path) -> Iterator[Callable[[str], Project]]:
 @pytest.fixture(scope="session")
 def _hosts(project: Project) -> Project:
     with _clearly():
-        project.up(len(HOSTS))
+        project.up(len(HOSTS), driver=DRIVER)
     project.inventory(CLUSTER)
     return project
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from conftest import HOSTS, MAIL, STACK, Project, Result, eventually, temporary
+from conftest import DRIVER, HOSTS, MAIL, STACK, Project, Result, eventually, temporary
 from mailing import account, container, volume
 
 from swarmmail.model import move as model
@@ -40,7 +40,7 @@ def own_lab(name: str) -> Iterator[Project]:
     """Three hosts with the mail stack, for a program that is no test; SIGTERM takes them away, too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as folder, temporary(Path(folder), name) as project:
-        project.up(3)
+        project.up(3, driver=DRIVER)
         project.inventory(MAIL, stack=STACK)
         project.fab("bootstrap", "deploy", env={"SWARMMAIL_INVENTORY": MAIL}, timeout=600, check=0)
         yield project

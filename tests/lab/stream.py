@@ -294,7 +294,7 @@ class Watch:
         """Again and again: a host may be switched off and on meanwhile."""
         while not self._ended.wait(0.2):
             process = self._processes[host] = subprocess.Popen(
-                ["docker", "exec", "-i", self.project.container(host), "python3", "-c", script],
+                self.project.on(host, "python3", "-u", "-c", script),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
@@ -407,8 +407,7 @@ def lmtp_probe(project: Project, mta: str = "host1") -> Iterator[list[float]]:
 
     def ask() -> None:
         # one process for all of them: what measures must not be what the machine is busy with
-        inside = [project.container(mta), "docker", "exec", "-i", container(project, mta, "mail_mta")]
-        words = ["docker", "exec", "-i", *inside, "perl", "-e", _GREETINGS]
+        words = project.on(mta, "docker", "exec", "-i", container(project, mta, "mail_mta"), "perl", "-e", _GREETINGS)
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             running[:] = [process]
             assert process.stdout is not None
