@@ -25,7 +25,8 @@ Project
     ``up(hosts, bare)``, ``stop(host)``, ``reboot(host)``, ``reset(*hosts)``, ``address(host)``, ``bridge``.
 
 ``SWARMMAIL_LAB=vm`` gives these fixtures virtual hosts: the same tests, with kernels of their own (and a lot of
-patience, since those may be emulated).
+patience, since those may be emulated). ``SWARMMAIL_ENCRYPTION=wireguard``: by their kernels' WireGuard; else ipsec is
+chosen there, where the leaks of ``test_verify.py`` do not exist.
 
 Tests never touch a lab of the checkout itself. A killed session leaves its lab behind; the next one removes it.
 """
@@ -72,6 +73,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 HOSTS = ("host1", "host2", "host3")
 DRIVER = os.environ.get("SWARMMAIL_LAB", "")
 """What the fixtures' hosts are: containers, or ``vm``."""
+ENCRYPTION = os.environ.get("SWARMMAIL_ENCRYPTION", "auto")
 SLOW = 10 if DRIVER == "vm" else 1
 """How many times as long to wait for a command before it counts as hanging."""
 CLUSTER = "cluster"
@@ -280,6 +282,8 @@ class Project:
                 for i, (host, different) in enumerate(differing.items())
             },
         }
+        if ENCRYPTION != "auto":
+            content["network"] = {"encryption": ENCRYPTION}
         for section, change in changes.items():
             content[section] = {**content.get(section, {}), **change} if isinstance(change, Mapping) else change
         # JSON is YAML
