@@ -579,6 +579,12 @@ def test_any_service_with_volumes_moves(mailing: Project) -> None:
         )
 
 
+def is_down(project: Project, host: str) -> bool:
+    """In the eyes of the Swarm."""
+    [node] = [n for n in project.host("host1").docker.nodes() if n["Spec"]["Labels"]["swarmmail.host"] == host]
+    return bool(node["Status"]["State"] == "down")
+
+
 def test_a_lost_source(mailing: Project) -> None:
     """The host of the MDA is gone. With a yes an older copy lives, and the lost one never again."""
     source = place(mailing)
@@ -588,14 +594,7 @@ def test_a_lost_source(mailing: Project) -> None:
     mailing.fab(*words).error("check", "it is not dead, and its data is newer")
     mailing.stop(target)
     try:
-        api = mailing.host("host1").docker
-
-        def down() -> bool:
-            return any(
-                n["Spec"]["Labels"]["swarmmail.host"] == target and n["Status"]["State"] == "down" for n in api.nodes()
-            )
-
-        eventually(down, 60, "the Swarm sees it")
+        eventually(lambda: is_down(mailing, target), 60, "the Swarm sees it")
         mailing.fab(*words).error("check", r"the copy on \w+ is of \d{4}-\d\d-\d\d .* is lost")
         result = mailing.fab(*words, "--yes", check=0, timeout=240)
         assert f"migrate: mda is on {source}" in result.stdout
@@ -608,4 +607,28 @@ def test_a_lost_source(mailing: Project) -> None:
     time.sleep(3)
     assert not container(mailing, target, "mail_mda") and labelled(mailing) == [source]
     assert f"removed {target}: volume mail_mail" in mailing.fab("migrate.purge", "--inventory", MAIL, check=0).stdout
+    healed(mailing)
+
+
+def test_a_lost_mta(mailing: Project) -> None:
+    """Likewise; what its queue held is lost, and the public address follows to where the world finds an MTA again."""
+    with_hook(mailing)
+    if place(mailing) == "host2":
+        migrate(mailing, "host3", check=0)
+    migrate(mailing, "host2", service="mta", check=0)
+    mailing.stop("host2")
+    words = ("--service", "mta", "--to", "host1", "--source-is-dead", "--yes", "--no-verify", "--inventory", MAIL)
+    try:
+        eventually(lambda: is_down(mailing, "host2"), 60, "the Swarm sees it")
+        result = mailing.fab("migrate", *words, check=0, timeout=240)
+        assert "migrate: mta is on host1" in result.stdout
+        ways = (("host1", "host2"), ("host2", "host1"))
+        assert told(mailing) == [call(mailing, "mta", *way, "220") for way in ways]
+        token = send(mailing, USERS[0])
+        arrives(mailing, USERS[0], PASSWORD, token)
+    finally:
+        mailing.up(3)
+    eventually(lambda: mailing.bootstrap(MAIL, timeout=240).status == 0, 120, "the cluster is whole again")
+    assert not container(mailing, "host2", "mail_mta") and labelled(mailing, "swarmmail.mta") == ["host1"]
+    assert "removed host2: volume mail_queue" in mailing.fab("migrate.purge", "--inventory", MAIL, check=0).stdout
     healed(mailing)
