@@ -18,6 +18,7 @@ from pathlib import Path
 from conftest import DRIVER, HOSTS, MAIL, STACK, Project, Result, eventually, temporary
 from mailing import account, container, volume
 
+from swarmmail import report
 from swarmmail.model import move as model
 
 STEPS = tuple(step.name for step in model.steps("mda", "", ""))
@@ -212,6 +213,22 @@ def planted(project: Project, host: str, service: str, rule: str) -> Iterator[No
         project.sh(host, f"{inside} nft delete table inet planted")
 
 
+DEPLOY = "stack deploy -c - mail"
+
+
+def _by_hand(words: str) -> Act:
+    """What somebody may type at a manager, with the stack's own file. Docker may refuse it."""
+
+    def do(scene: Scene) -> None:
+        project = scene.project
+        settings = " ".join(f"{name}={value}" for name, value in STACK["settings"].items())
+        text = (project.root / "stacks" / "mail" / "stack.yml").read_text()
+        said = project.sh("host1", f"{settings} docker {words} <<'END'\n{text}\nEND", check=False)
+        report.progress(f"docker {words}: {said.strip()}")
+
+    return do
+
+
 def _cut(seconds: int) -> Act:
     """The way from source to target, for some seconds."""
 
@@ -257,6 +274,9 @@ FAULTS = {
     ),
     "the service updated by hand": Fault("prepare", _on("host1", UPDATE), slow=True),
     "the service updated by hand, the target stands by": Fault("standby", _on("host1", UPDATE)),
+    "the stack's file deployed by hand": Fault("prepare", _by_hand(DEPLOY), slow=True),
+    "the stack's file deployed by hand, the target stands by": Fault("standby", _by_hand(DEPLOY)),
+    "the service scaled by hand": Fault("standby", _by_hand("service scale mail_mda=2")),
     "all pruned by hand": Fault(
         "prepare",
         _on("target", "docker system prune -af --volumes; docker volume prune -af"),

@@ -187,6 +187,74 @@ def test_other_faults(mailing: Project) -> None:
     survive(mailing, rng.sample(sorted(FAULTS.keys() - set(KILLED)), k=OTHERS), rng)
 
 
+HARD = r"""
+import os, sys
+root, megabytes, mails = os.fsencode(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+folder = root + b"/Maildir/.big/cur"
+os.makedirs(folder, exist_ok=True)
+for number in range(mails):
+    text = b"Subject: big %d\n\nbody %d\n" % (number, number)
+    with open(folder + b"/%d.M1P1.mda,S=%d:2,S" % (1700000000 + number, len(text)), "wb") as file:
+        file.write(text)
+with open(root + b"/archive", "wb") as file:
+    for _ in range(megabytes):
+        file.write(os.urandom(2**20))
+    file.seek(2**30, 1)  # a hole
+    file.write(b"end")
+for name in (b"caf\xe9", "\u90ae\u4ef6".encode(), b"two\nlines", b" blank ", b"-rf", b"a'b\"c", b"x" * 255):
+    with open(root + b"/" + name, "wb") as file:
+        file.write(name)
+os.link(root + b"/archive", root + b"/hard link")
+os.symlink(b"nowhere", root + b"/link")
+for place, folders, files in os.walk(root):
+    for name in (*folders, *files):
+        os.chown(os.path.join(place, name), os.stat(root).st_uid, os.stat(root).st_gid, follow_symlinks=False)
+"""
+
+
+@pytest.mark.timeout(1800)
+def test_a_mailbox_that_is_hard_to_copy(mailing: Project) -> None:
+    """A large file with a hole, a folder with many mails, which is renamed between two passes, names in any encoding,
+    links. ``SWARMMAIL_BIG=1``: 2 GB and 100,000 mails."""
+    megabytes, mails = (2000, 100_000) if os.environ.get("SWARMMAIL_BIG") else (20, 2000)
+    source = place(mailing)
+    target = other(source)
+    home = f"{volume(mailing, source, 'mail_mail')}/lab.test/ann"
+    arrives(mailing, USERS[0], PASSWORD, send(mailing, USERS[0]))  # so that her home is there
+    script = f"python3 - {home} {megabytes} {mails} <<'END'\n{HARD}\nEND"
+    mailing.sh(source, script, timeout=600)
+    look = "find . -path './Maildir*' -prune -o -printf '%y %s %m %U %G %T@ %n %p %l\\0' | sort -z | sha256sum"
+    look = f"cd {home} && {look} && sha256sum <archive && du -m archive | cut -f1"
+    before = mailing.sh(source, look, timeout=120)
+    try:
+        words = ("migrate", "--service", "mda", "--to", target, "--inventory", MAIL, NO_PROOF, "--times")
+        process = mailing.start(*words)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if " pass 1: " in line:
+                break
+        task = container(mailing, source, "mail_mda")
+        mailing.sh(source, f"docker exec {task} doveadm mailbox rename -u {USERS[0]} big renamed", timeout=120)
+        ran = mailing.finish(process, 1500)
+        assert ran.status == 0, str(ran)
+        print(ran.stderr + ran.stdout)
+        there = home.replace(volume(mailing, source, "mail_mail"), volume(mailing, target, "mail_mail"))
+        assert mailing.sh(target, look.replace(home, there), timeout=120) == before
+        task = container(mailing, target, "mail_mda")
+        count = f"docker exec {task} doveadm mailbox status -u {USERS[0]} messages renamed"
+        assert f"messages={mails}" in mailing.sh(target, count, timeout=300)
+        arrives(mailing, USERS[0], PASSWORD, send(mailing, USERS[0]))
+    finally:
+        where = place(mailing)
+        home = f"{volume(mailing, where, 'mail_mail')}/lab.test/ann"
+        mailing.sh(where, f"cd {home} && find . -maxdepth 1 -mindepth 1 ! -name 'Maildir*' -delete", timeout=120)
+        task = container(mailing, where, "mail_mda")
+        mailing.sh(
+            where, f"docker exec {task} doveadm mailbox delete -u {USERS[0]} big renamed", check=False, timeout=300
+        )
+    clean(mailing)
+
+
 def test_a_target_that_does_not_serve_is_said_and_can_be_left(mailing: Project) -> None:
     """The data is there and LMTP is not: nothing may start on the source any more, and moving back is a move."""
     source = place(mailing)
