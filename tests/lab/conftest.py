@@ -47,6 +47,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -173,6 +174,7 @@ class Project:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._fleet: Fleet | None = None
+        self._looking = threading.Lock()
 
     def make(self) -> None:
         """The files of a checkout. The code is not copied: PYTHONPATH leads to it."""
@@ -365,11 +367,12 @@ class Project:
 
     def host(self, name: str) -> Host:
         """For looking at a host as the code does, by SSH as root."""
-        if self._fleet is None:
-            self.inventory("looking", [machine.name for machine in self.machines])
-            self._fleet = Fleet(model.load(self.root / "inventories" / "looking.yml"))
-            (self.root / "inventories" / "looking.yml").unlink()
-        return self._fleet[name]
+        with self._looking:
+            if self._fleet is None:
+                self.inventory("looking", [machine.name for machine in self.machines])
+                self._fleet = Fleet(model.load(self.root / "inventories" / "looking.yml"))
+                (self.root / "inventories" / "looking.yml").unlink()
+            return self._fleet[name]
 
     def copy_image(self, image: str, source: str, target: str) -> None:
         """As an operator may do by hand."""
@@ -408,6 +411,15 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit("terminated", 128 + number)
 
     signal.signal(signal.SIGTERM, end)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Virtual hosts get their time."""
+    if DRIVER != "vm":
+        return
+    for item in items:
+        given = item.get_closest_marker("timeout")
+        item.add_marker(pytest.mark.timeout(SLOW * (given.args[0] if given else 600)), append=False)
 
 
 @contextlib.contextmanager
