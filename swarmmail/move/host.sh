@@ -221,9 +221,11 @@ connect() {
         -M -S "$D/ssh" -fN "$2" >"$D/log" 2>&1 </dev/null || { tail -1 "$D/log" >&2; exit 255; }
 }
 
+GONE='^rsync: \[sender\] .* No such file or directory (2)$'
+
 # pass ID SINCE WHERE BWLIMIT PATH=PATH-THERE...: copy what differs. SINCE: only what has changed from then on, in seconds of this
 # host's clock, by the time that the kernel itself keeps (ctime); a folder counts, with what is right in it, when a name in it came
-# or went. 0: everything. Prints "began SECONDS" and rsync's statistics; exit status as rsync's.
+# or went. 0: everything. Prints "began SECONDS" and rsync's statistics; exit status as rsync's (24: files went away, nothing else).
 # --modify-window=-1: times count to the nanosecond; else a file that changed twice within a second and kept its size would be taken
 # for unchanged.
 pass() {
@@ -242,6 +244,10 @@ pass() {
         wait $!
         status=$?
         tr '\r' '\n' <"$D/progress" | grep '^Number of regular files transferred\|^Total transferred file size'
+        # what goes away between two looks at it (its type, then its ACL; a folder before it is read) is no more than vanished
+        if [ "$status" = 23 ] && grep -q "$GONE" "$D/errors" && ! grep -qv "$GONE\|^file has vanished: \|^rsync error: \|^IO error " "$D/errors"; then
+            status=24
+        fi
         [ "$status" = 0 ] || { grep -v '^rsync error' "$D/errors" | head -3 >&2; tail -1 "$D/errors" >&2; return "$status"; }
     done
 }

@@ -316,6 +316,40 @@ def copy(run, tmp_path: Path, volume: Path, monkeypatch: pytest.MonkeyPatch):  #
     return one, there
 
 
+GONE = "rsync: [sender] get_acl: sys_acl_get_file(a/cur/1.M1, ACL_TYPE_ACCESS): No such file or directory (2)"
+UNREAD = 'rsync: [sender] opendir "/v/_data/a/cur" failed: No such file or directory (2)'
+SKIPS = "IO error encountered -- skipping file deletion"
+NO_RIGHT = 'rsync: [sender] send_files failed to open "/v/_data/b": Permission denied (13)'
+NO_SPACE = 'rsync: [receiver] write failed on "/v/_data/b": No space left on device (28)'
+NOT_THERE = 'rsync: [receiver] mkstemp "/v/_data/a/.1.x" failed: No such file or directory (2)'
+
+
+@pytest.mark.parametrize(
+    ("says", "status"),
+    [
+        ((GONE,), 24),
+        ((UNREAD, SKIPS, 'file has vanished: "/v/_data/a/x"'), 24),
+        ((GONE, NO_RIGHT), 23),
+        ((GONE, NOT_THERE), 23),
+        ((NO_SPACE,), 23),
+        ((), 23),
+    ],
+)
+def test_what_went_away_while_it_was_looked_at_has_only_vanished(  # type: ignore[no-untyped-def]
+    run, copy, tmp_path: Path, volume: Path, says: tuple[str, ...], status: int
+) -> None:
+    """rsync calls it an error (23) when a file goes between its stat(2) and the look at its ACL."""
+    _, there = copy
+    last = "rsync error: some files/attrs were not transferred (see previous errors) (code 23) at main.c(1338)"
+    (tmp_path / "said").write_text("".join(f"{line}\n" for line in (*says, last)))
+    rsync = tmp_path / "bin" / "rsync"
+    rsync.write_text(f"#!/bin/sh\ncat {tmp_path}/said >&2\nexit 23\n")
+    rsync.chmod(0o755)
+    done = run("pass", "id1", 0, "x@y", 0, f"{volume}={there}")
+    assert done.returncode == status
+    assert (says or (last,))[0] in done.stderr
+
+
 def test_a_pass_over_what_has_changed_finds_all_that_a_service_does(run, copy, volume: Path) -> None:  # type: ignore[no-untyped-def]
     """As a mail server does it: new names, renamed ones, deletions, a file that grows, one replaced, a hard link."""
     one, there = copy
