@@ -2,6 +2,7 @@
 from the faults that the tests know, half from those that may come at any time, after any step.
 
     python -m tests.bench.soak [N] [--seed SEED] [--only PART-OF-A-FAULT] [--rate 5] [--csv FILE]
+    python -m tests.bench.soak --show FILE...    the table of earlier runs, a line for each kind of fault
 
 On three lab hosts of its own, in the checkout's virtual environment; about half a minute a run. A row for each run:
 its seed, the fault, how it ended, mails lost and unexpected, moments with two writers, actions of IMAP clients not
@@ -18,6 +19,7 @@ import csv
 import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -93,6 +95,30 @@ def one(project: Project, seed: int, only: str, rate: float) -> Row:
     )
 
 
+def read(file: Path) -> list[Row]:
+    with file.open(newline="") as lines:
+        rows = [list(row.values()) for row in csv.DictReader(lines)]
+    return [Row(int(row[0]), row[1], row[2], *map(int, row[3:10]), float(row[10])) for row in rows]
+
+
+def show(rows: Sequence[Row]) -> None:
+    """A line for each kind of fault, wherever it came."""
+    kinds: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.fault):
+        killed = row.fault.startswith("killed ")
+        kinds.setdefault("killed" if killed else row.fault.partition(", after ")[0], []).append(row)
+    ends = ("moved", "undone", "left")
+    counts = ("acknowledged", "lost", "unexpected", "duplicated", "overlaps", "not_kept")
+
+    def line(group: Sequence[Row]) -> tuple[str, ...]:
+        ended = [sum(row.end.startswith(end) for row in group) for end in ends]
+        sums = [sum(getattr(row, name) for row in group) for name in counts]
+        return tuple(map(str, (len(group), len({row.fault for row in group}), *ended, *sums)))
+
+    table = [(kind, *line(group)) for kind, group in kinds.items()]
+    report.table("", ("fault", "runs", "steps", *ends, *counts), [*table, ("all", *line(rows))])
+
+
 def mend(project: Project) -> None:
     """So that one violation does not spoil the runs after it."""
     project.up(3)
@@ -107,7 +133,11 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--rate", type=float, default=5)
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--show", type=Path, nargs="+")
     given = parser.parse_args()
+    if given.show:
+        show([row for file in given.show for row in read(file)])
+        return 0
     names = [field.name for field in fields(Row)]
     rows: list[Row] = []
     with own_lab("soak") as project:
