@@ -818,3 +818,4 @@ def test_rules_that_encrypt_the_overlay_are_put_back() -> None:
     # a module came after Docker had started: it would refuse each task there
     assert planned(docker_esp=True) == planned(docker_esp=None) == []
     assert planned(docker_esp=False) == [("start", "host2")]
+    assert planned(docker_esp=False, overlays=here, esp_rules=(mark, drop)) == []  # it has them: never in vain
