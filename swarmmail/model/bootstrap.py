@@ -322,9 +322,8 @@ def _running(name: str, facts: HostFacts, design: Design) -> list[Step]:
             step="bootstrap",
             hint='remove "live-restore" there and restart Docker',
         )
-    if design.encryption == "ipsec" and facts.docker_esp is False and not facts.overlays:
-        # It would refuse each task on the overlay: "required modules to install IPSEC rules are missing on host".
-        # Where it has such tasks, it evidently does not.
+    if design.encryption == "ipsec" and facts.esp_came_late:
+        # its words would be: "required modules to install IPSEC rules are missing on host"
         return [Step(Action.START, name, "restart Docker: when it was started, the kernel had no IPsec")]
     if _in_clear(facts, design):
         # Docker makes them when a network gets its first task here, and never looks again.
