@@ -22,6 +22,7 @@ from mailing import (
     services,
     smtp,
     trusting,
+    volume,
 )
 
 pytestmark = pytest.mark.lab
@@ -46,6 +47,25 @@ def test_accounts_come_and_go_without_a_restart(deployed: Project) -> None:
     with pytest.raises(imaplib.IMAP4.error), imap(deployed, address, "another one"):
         pass
     assert (container(deployed, "host1", "mail_mta"), container(deployed, "host3", "mail_mda")) == before
+
+
+@pytest.mark.parametrize("folder", ["", "/.Sent"])
+def test_what_a_killed_mda_has_locked_is_open_after_its_start(deployed: Project, folder: str) -> None:
+    """A process that dies while it writes leaves a lock: Dovecot would let people wait for two minutes."""
+    address = account(deployed, "lena")
+    token = send(deployed, address)
+    arrives(deployed, address, PASSWORD, token)
+    with imap(deployed, address, PASSWORD) as client:
+        client.append("Sent", "", "", b"Subject: sent\r\n\r\n")
+    before = container(deployed, "host3", "mail_mda")
+    place = f"{volume(deployed, 'host3', 'mail_mail')}/lab.test/lena/Maildir{folder}"
+    lock = f"{place}/dovecot-uidlist.lock"
+    deployed.sh("host3", f"echo 7:another >{lock}; chown --reference={place} {lock}; docker kill {before}")
+    eventually(lambda: container(deployed, "host3", "mail_mda") not in ("", before), 60, "it is started anew")
+    with imap(deployed, address, PASSWORD) as client:  # which waits 20 s for an answer
+        assert client.select("Sent" if folder else "INBOX")[0] == "OK"
+        client.append("Sent" if folder else "INBOX", "", "", b"Subject: more\r\n\r\n")
+    deployed.fab("user.remove", address, "--inventory", MAIL, "--mail", check=0)
 
 
 def test_no_password_no_account(deployed: Project) -> None:
