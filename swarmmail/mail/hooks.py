@@ -94,10 +94,10 @@ class Plain:
 _HOLD = """
 main=$(postconf -h config_directory)/main.cf
 now=$(postconf -h defer_transports)
-[ "$now" = "$1" ] && exit 0
+[ -n "$1" ] && [ "$now" = "$1" ] && exit 0
 queue_manager() { for c in /proc/[0-9]*/comm; do [ "$(cat $c 2>/dev/null)" = qmgr ] && echo ${c%/comm}; done; }
 old=$(queue_manager)
-if [ -n "$1" ]; then postconf -e "defer_transports=$1"; else postconf -X defer_transports; fi
+if [ -n "$1" ]; then postconf -e "defer_transports=$1"; elif [ -n "$now" ]; then postconf -X defer_transports; fi
 # every Postfix program waits until main.cf has not been changed for more than a second; nobody else changes it now
 touch -d '1 minute ago' "$main"
 postfix reload >/dev/null 2>&1 || exit 1
@@ -183,6 +183,8 @@ class Mda(Plain):
         return True
 
     def release(self) -> None:
+        """Also where nothing is held: a delivery to a host that lost its power hangs for 120 s
+        (``lmtp_data_done_timeout``), and the mails behind it wait; a new queue manager does not know of it."""
         self._edge("ready")
         try:
             self._inside(_HOLD, "", step="release the deliveries")
