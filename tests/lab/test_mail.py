@@ -52,13 +52,14 @@ def test_accounts_come_and_go_without_a_restart(deployed: Project) -> None:
 @pytest.mark.parametrize("folder", ["", "/.Sent"])
 def test_what_a_killed_mda_has_locked_is_open_after_its_start(deployed: Project, folder: str) -> None:
     """A process that dies while it writes leaves a lock: Dovecot would let people wait for two minutes."""
-    address = account(deployed, "lena")
+    name = "lena" if folder else "lene"
+    address = account(deployed, name)
     token = send(deployed, address)
     arrives(deployed, address, PASSWORD, token)
     with imap(deployed, address, PASSWORD) as client:
         client.append("Sent", "", "", b"Subject: sent\r\n\r\n")
     before = container(deployed, "host3", "mail_mda")
-    place = f"{volume(deployed, 'host3', 'mail_mail')}/lab.test/lena/Maildir{folder}"
+    place = f"{volume(deployed, 'host3', 'mail_mail')}/lab.test/{name}/Maildir{folder}"
     lock = f"{place}/dovecot-uidlist.lock"
     deployed.sh("host3", f"echo 7:another >{lock}; chown --reference={place} {lock}; docker kill {before}")
     eventually(lambda: container(deployed, "host3", "mail_mda") not in ("", before), 60, "it is started anew")
