@@ -231,22 +231,22 @@ def members(*managers: str) -> dict[str, Any]:
 
 def test_the_first_manager_that_answers_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = view(monkeypatch, "host1")
-    found = bootstrap._swarm(Fleet(), members("host1", "host3"))  # type: ignore[arg-type]
+    found = bootstrap.look_at_swarm(Fleet(), members("host1", "host3"))  # type: ignore[arg-type]
     assert found is not None
     assert (found.manager, asked) == ("host3", ["host1", "host3"])
 
 
 def test_without_a_manager_there_is_no_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
     view(monkeypatch)
-    assert bootstrap._swarm(Fleet(), members()) is None  # type: ignore[arg-type]
+    assert bootstrap.look_at_swarm(Fleet(), members()) is None  # type: ignore[arg-type]
     sleeping = {name: replace(facts, swarm="pending") for name, facts in members("host1").items()}
-    assert bootstrap._swarm(Fleet(), sleeping) is None  # type: ignore[arg-type]
+    assert bootstrap.look_at_swarm(Fleet(), sleeping) is None  # type: ignore[arg-type]
 
 
 def test_managers_of_which_none_answers_are_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     view(monkeypatch, "host1", "host2")
     with pytest.raises(Refused, match=r"no manager answers for the Swarm \(the Swarm has no leader"):
-        bootstrap._swarm(Fleet(), members("host1", "host2"))  # type: ignore[arg-type]
+        bootstrap.look_at_swarm(Fleet(), members("host1", "host2"))  # type: ignore[arg-type]
 
 
 class Opening:
@@ -274,7 +274,7 @@ def test_managers_that_miss_a_silent_docker_are_no_obstacle_to_its_start(monkeyp
 
 def test_a_manager_that_stays_one_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     view(monkeypatch)
-    found = bootstrap._swarm(Fleet("wmm"), members("host1", "host2", "host3"))  # type: ignore[arg-type]
+    found = bootstrap.look_at_swarm(Fleet("wmm"), members("host1", "host2", "host3"))  # type: ignore[arg-type]
     assert found is not None
     assert found.manager == "host2"
 
