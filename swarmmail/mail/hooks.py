@@ -94,10 +94,10 @@ class Plain:
 _HOLD = """
 main=$(postconf -h config_directory)/main.cf
 now=$(postconf -h defer_transports)
-[ -n "$1" ] && [ "$now" = "$1" ] && exit 0
+[ "$now" = "$1" ] && { [ -n "$1" ] || postfix reload >/dev/null 2>&1; exit 0; }
 queue_manager() { for c in /proc/[0-9]*/comm; do [ "$(cat $c 2>/dev/null)" = qmgr ] && echo ${c%/comm}; done; }
 old=$(queue_manager)
-if [ -n "$1" ]; then postconf -e "defer_transports=$1"; elif [ -n "$now" ]; then postconf -X defer_transports; fi
+if [ -n "$1" ]; then postconf -e "defer_transports=$1"; else postconf -X defer_transports; fi
 # every Postfix program waits until main.cf has not been changed for more than a second; nobody else changes it now
 touch -d '1 minute ago' "$main"
 postfix reload >/dev/null 2>&1 || exit 1
