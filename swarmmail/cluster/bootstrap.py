@@ -38,6 +38,9 @@ _IN_DOCKER = frozenset(set(Action) - {Action.INSTALL, Action.MESH, Action.START,
 class NoManager(Refused):
     """There are managers, and none answers for the Swarm: too few run, or they are about to elect a leader."""
 
+    electing = False
+    """Enough of them run: an election takes 10 to 20 s, and as much again when two of them wanted it at once."""
+
 
 def observe(fleet: Fleet, strict: bool = True) -> Observed:
     """Facts of all hosts (``strict``: all must answer), and the Swarm as its first reachable manager sees it.
@@ -55,6 +58,12 @@ def observe(fleet: Fleet, strict: bool = True) -> Observed:
     return Observed(facts)
 
 
+_after_the_election = tenacity.Retrying(
+    retry=tenacity.retry_if_exception(lambda error: isinstance(error, NoManager) and error.electing),
+    stop=tenacity.stop_after_delay(lock.ELECTION),
+    wait=tenacity.wait_fixed(0.5),
+    reraise=True,
+)
 _observe_patiently = tenacity.Retrying(
     retry=tenacity.retry_if_exception_type(NoManager),
     stop=tenacity.stop_after_delay(lock.ELECTION),
@@ -89,7 +98,9 @@ def look_at_swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
     chosen = model.managers(fleet.inventory)
     candidates.sort(key=lambda name: name not in chosen)  # one that is to be demoted could not see that end
     failure: SwarmmailError | None = None
+    known = max((len(facts[name].managers) for name in candidates), default=0)
     hindered = model.hindered(facts)
+    electing = not hindered and len(candidates) <= known < 2 * len(candidates)
     if hindered and candidates and not any(facts[name].cluster for name in candidates):
         # their Docker has just been asked, and found no leader in 20 s: they miss the others
         failure = HostError(facts[candidates[0]].swarm_error or "no leader", host=candidates[0])
@@ -100,7 +111,7 @@ def look_at_swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
         except HostError as error:
             failure = error
     if failure is not None:
-        raise NoManager(
+        nobody = NoManager(
             f"no manager answers for the Swarm ({failure.what})",
             host=failure.host,
             step="read the Swarm",
@@ -108,6 +119,8 @@ def look_at_swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
             if hindered
             else "without a majority of managers nothing can be changed: bring the missing ones back",
         )
+        nobody.electing = electing
+        raise nobody
     return None
 
 
@@ -148,7 +161,7 @@ def run(fleet: Fleet, preflight: bool = True) -> bool:
         SwarmmailError: any step failed, or the end state is not what the inventory wants.
     """
     inventory, changed = fleet.inventory, False
-    observed = observe(fleet)
+    observed = _after_the_election(lambda: observe(fleet))
     for _ in range(ROUNDS):
         design, plan = decide(inventory, observed)
         if plan.is_empty and not plan.is_done:

@@ -249,6 +249,17 @@ def test_managers_of_which_none_answers_are_not_passed_over(monkeypatch: pytest.
         bootstrap.look_at_swarm(Fleet(), members("host1", "host2"))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("known", "electing"), [(1, False), (2, True), (3, True), (4, False), (5, False)])
+def test_an_election_is_waited_for_only_when_enough_managers_run(
+    monkeypatch: pytest.MonkeyPatch, known: int, electing: bool
+) -> None:
+    view(monkeypatch, "host1", "host2")
+    facts = {name: replace(one, managers=tuple("abcde"[:known])) for name, one in members("host1", "host2").items()}
+    with pytest.raises(bootstrap.NoManager) as seen:
+        bootstrap.look_at_swarm(Fleet(), facts)  # type: ignore[arg-type]
+    assert seen.value.electing is electing
+
+
 class Opening:
     def open_docker(self) -> None:
         """Nothing is opened."""
