@@ -30,6 +30,7 @@ from swarmmail.model.errors import HostError, Locked
 
 T = TypeVar("T")
 ELECTION = 60  # seconds
+NO_LEADER = ("does not have a leader", "lost leader status")
 NAME = "swarmmail-lock"
 FOLDER = "/run/swarmmail-lock"
 
@@ -158,9 +159,10 @@ def release(manager: Host, swarm: bool, token: str | None) -> None:
 
 
 def _patiently(act: Callable[[], T]) -> T:
-    """While managers elect a leader the Swarm answers nothing; all three acts on the lock may be done again."""
+    """While managers elect a leader the Swarm answers nothing; all three acts on the lock may be done again, also when
+    the leader fell in the middle of one (moby/swarmkit, raft: ErrLostLeadership) and nobody knows whether it counts."""
     done: T = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(lambda error: "does not have a leader" in str(error)),
+        retry=tenacity.retry_if_exception(lambda error: any(words in str(error) for words in NO_LEADER)),
         stop=tenacity.stop_after_delay(ELECTION),
         wait=tenacity.wait_fixed(1),
         reraise=True,

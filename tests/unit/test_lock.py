@@ -39,7 +39,8 @@ class Configs:
     def _elect(self) -> None:
         if self.leaderless:
             self.leaderless -= 1
-            raise docker.errors.APIError("rpc error: The swarm does not have a leader.")
+            words = lock.NO_LEADER[self.leaderless % 2]
+            raise docker.errors.APIError(f"rpc error: code = Unknown desc = the node {words}")
 
     def create_config(self, name: str, data: bytes) -> None:
         self._elect()
