@@ -38,7 +38,8 @@ _IN_DOCKER = frozenset(set(Action) - {Action.INSTALL, Action.MESH, Action.START,
 class NoManager(Refused):
     """There are managers, and none answers for the Swarm: too few run, or they are about to elect a leader."""
 
-    electing = False
+
+class Electing(NoManager):
     """Enough of them run: an election takes 10 to 20 s, and as much again when two of them wanted it at once."""
 
 
@@ -58,18 +59,14 @@ def observe(fleet: Fleet, strict: bool = True) -> Observed:
     return Observed(facts)
 
 
-_after_the_election = tenacity.Retrying(
-    retry=tenacity.retry_if_exception(lambda error: isinstance(error, NoManager) and error.electing),
-    stop=tenacity.stop_after_delay(lock.ELECTION),
-    wait=tenacity.wait_fixed(0.5),
-    reraise=True,
-)
 _observe_patiently = tenacity.Retrying(
     retry=tenacity.retry_if_exception_type(NoManager),
     stop=tenacity.stop_after_delay(lock.ELECTION),
     wait=tenacity.wait_fixed(0.5),
     reraise=True,
 )
+
+_after_the_election = _observe_patiently.copy(retry=tenacity.retry_if_exception_type(Electing))
 
 
 def _refresh(fleet: Fleet, before: Observed) -> Observed:
@@ -111,7 +108,7 @@ def look_at_swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
         except HostError as error:
             failure = error
     if failure is not None:
-        nobody = NoManager(
+        raise (Electing if electing else NoManager)(
             f"no manager answers for the Swarm ({failure.what})",
             host=failure.host,
             step="read the Swarm",
@@ -119,8 +116,6 @@ def look_at_swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
             if hindered
             else "without a majority of managers nothing can be changed: bring the missing ones back",
         )
-        nobody.electing = electing
-        raise nobody
     return None
 
 

@@ -358,7 +358,7 @@ def _membership(m: Measured, name: str, facts: HostFacts) -> Findings:
         )  # fmt: skip
     if facts.live_restore:
         yield _live_restore(name)
-    if m.encryption == "ipsec" and facts.esp and facts.esp_came_late:
+    if m.encryption == "ipsec" and facts.esp_came_late:
         yield warning(
             name, "Docker's IPsec", "Docker was started when its kernel had none",
             "it refuses each task on the overlay until it is started anew (bootstrap repairs it)",

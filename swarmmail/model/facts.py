@@ -99,9 +99,9 @@ class HostFacts:
 
     @property
     def esp_came_late(self) -> bool:
-        """Docker was started when its kernel had no IPsec: it refuses each task on an overlay that it is to encrypt.
-        Where it has such tasks, it evidently does not."""
-        return self.docker_esp is False and not self.overlays
+        """The kernel has IPsec, and had none when Docker was started: it refuses each task on an overlay that it is to
+        encrypt. Where it has such tasks, it evidently does not."""
+        return self.esp and self.docker_esp is False and not self.overlays
 
     def link_of(self, address: str) -> str | None:
         """The link that carries an address; None when the address is not the host's own (NAT)."""

@@ -183,8 +183,6 @@ class Project:
         (self.root / "home").mkdir()
         shutil.copy(REPO / "fabfile.py", self.root)
         shutil.copytree(REPO / "stacks", self.root / "stacks")
-        if DRIVER == "vm":
-            self.ask_seldom()
         manual = REPO / "inventories" / "example.yml"
         if manual.exists():
             shutil.copy(manual, self.root / "inventories")
@@ -464,10 +462,12 @@ def place() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def temporary(place: Path, name: str) -> Iterator[Project]:
+def temporary(place: Path, name: str, driver: str = DRIVER) -> Iterator[Project]:
     """A project that ends with the block, and its lab with it."""
     made = Project(place / name)
     made.make()
+    if driver == "vm":
+        made.ask_seldom()
     try:
         yield made
     finally:

@@ -72,7 +72,7 @@ def inbox(project: Project) -> set[str]:
 @pytest.fixture(scope="module")
 def hosts(place: Path) -> Iterator[Project]:
     """Two virtual hosts, with nothing done to them."""
-    with temporary(place, "virtual") as project:
+    with temporary(place, "virtual", "vm") as project:
         fab(project, "lab.up", "--driver", "vm", check=0)
         yield project
 
@@ -80,7 +80,6 @@ def hosts(place: Path) -> Iterator[Project]:
 @pytest.fixture(scope="module")
 def mail(hosts: Project) -> Project:
     """The same hosts after ``bootstrap`` and ``deploy``, with an account."""
-    hosts.ask_seldom()
     result = fab(hosts, "bootstrap", "--no-check", "deploy", "--no-verify", check=0)
     assert "encryption: ipsec (every kernel accepts an ESP state with AES-GCM)" in result.output
     fab(hosts, "user.add", ALICE, stdin=f"{PASSWORD}\n", check=0)

@@ -322,10 +322,8 @@ def test_a_bad_engine_matters_where_docker_encrypts() -> None:
 def test_a_docker_that_was_started_without_ipsec_is_said() -> None:
     late: dict[str, Any] = {"host2": {"docker_esp": False, "esp": True}}
     [found] = bad(measured(facts=late, encryption="ipsec"))
-    assert (found.where, found.level) == (
-        "host2",
-        Level.WARNING,
-    ) and "started when its kernel had none" in found.measured
+    assert (found.where, found.level) == ("host2", Level.WARNING)
+    assert "started when its kernel had none" in found.measured
     assert bad(measured(facts=late, encryption="wireguard")) == []
     late["host2"]["overlays"] = {"abcdefghij": 4097}
     assert bad(measured(facts=late, encryption="ipsec")) == []
