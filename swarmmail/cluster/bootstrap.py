@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -29,6 +29,8 @@ _ALARM = "CLEAR TEXT"
 ROUNDS = 4
 """Plans carried out in one run: the last one must find nothing to do."""
 SETTLE = patient(75)  # seconds that nodes may take to become Ready: after a change of leader each has to report anew
+ELECTIONS = 3
+"""Changes of leader in one wait: a host that was cut off brings one about when it is back."""
 QUIET = 5
 """Seconds in which what heals by itself mostly has: only then it is said, and everything is looked at anew."""
 _IN_DOCKER = frozenset(set(Action) - {Action.INSTALL, Action.MESH, Action.START, Action.LEAVE})
@@ -221,6 +223,9 @@ def _wait(fleet: Fleet, before: _Found) -> _Found:
     def over(found: _Found) -> bool:
         return found[2].is_done or not found[2].is_empty
 
+    def over_or_led_by_another(leader: str) -> Callable[[_Found], bool]:
+        return lambda found: over(found) or found[0].leader != leader
+
     found = before
     with contextlib.suppress(SwarmmailError):  # what it was, the whole look says
         found = swarm.wait_until(short, over, QUIET, pause=0.1)
@@ -229,16 +234,22 @@ def _wait(fleet: Fleet, before: _Found) -> _Found:
     if found[2].is_empty:
         for wait in found[2].waits:
             report.warning(f"{wait}; waiting for up to {SETTLE:g} s")
-    return swarm.wait_until(whole, over, SETTLE)
+    for _ in range(ELECTIONS):
+        leader = found[0].leader
+        found = swarm.wait_until(whole, over_or_led_by_another(leader), SETTLE)
+        if over(found) or found[0].leader == leader:
+            break
+    return found
 
 
 @contextlib.contextmanager
 def _locked(fleet: Fleet, design: Design) -> Iterator[None]:
-    """The folder on the lead keeps two first runs apart; the Swarm's lock keeps other tasks away."""
+    """The folder on the lead keeps two first runs apart; the Swarm's lock keeps other tasks away. A leader that is left
+    alone answers for some 10 s more, and can write nothing: then nobody can, and the folder is enough."""
     there = design.observed.swarm
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock.held(fleet[fleet.inventory.lead.name], "bootstrap", swarm=False))
-        if there is not None:
+        if there is not None and model.has_majority(there, design.observed.hosts):
             stack.enter_context(lock.held(fleet[there.manager], "bootstrap", swarm=True))
         yield
 

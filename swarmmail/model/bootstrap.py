@@ -46,12 +46,26 @@ def hindered(hosts: Mapping[str, HostFacts]) -> dict[str, str]:
     return found
 
 
+def has_majority(swarm: Swarm, hosts: Mapping[str, HostFacts]) -> bool:
+    """Whether more than half of the managers can reach each other, as far as the hosts know: else nothing can be
+    changed in the Swarm, although its leader may not have noticed yet (Raft: after an election timeout, 10 s)."""
+    managers = [node.host for node in swarm.nodes.values() if node.role == "manager"]
+    away = hindered(hosts)
+    return 2 * len([host for host in managers if host not in away]) > len(managers)
+
+
 @dataclass(frozen=True)
 class Observed:
     """Facts of every host, and the Swarm as a manager of it sees it (None: there is none yet)."""
 
     hosts: Mapping[str, HostFacts]
     swarm: Swarm | None = None
+
+    @property
+    def leader(self) -> str:
+        """Node id of the manager that leads; empty while nobody does."""
+        nodes = self.swarm.nodes.values() if self.swarm is not None else ()
+        return next((node.id for node in nodes if node.leader), "")
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,14 @@ class HostActs:
                 return int(raw["State"]["Pid"])
         return 0
 
+    def _runs(self) -> bool:
+        """Whether the service runs on the target as the Swarm sees it: not before its health check has passed, and
+        not while it starts anew, because a hand had taken the label. Only then a container is found there."""
+        name = f"{self.stack.name}_{self.move.service}"
+        filters = {"service": name, "node": self.move.target_node, "desired-state": "running"}
+        with self.manager.doing(f"look for {self.move.service}"):
+            return any(task["Status"]["State"] == "running" for task in self.manager.docker.tasks(filters=filters))
+
     # -- copy --
 
     def prepare(self) -> None:
@@ -539,6 +547,7 @@ class HostActs:
         swarm.wait_until(lambda: not self._containers(host), bool, ENDED_LIMIT)
 
     def after(self) -> None:
+        swarm.wait_until(self._runs, bool, STANDBY_LIMIT)  # if it does not, the hooks say what is missing
         self.lines += self.hooks.after()
         if not self._followed:  # it failed, or a run that was killed may not have come to it
             try:

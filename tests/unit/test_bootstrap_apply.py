@@ -110,8 +110,8 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Any:
             yield
 
         monkeypatch.setattr(bootstrap, "decide", played.decide)
-        monkeypatch.setattr(bootstrap, "observe", lambda fleet: None)
-        monkeypatch.setattr(bootstrap, "_refresh", lambda fleet, before: None)
+        monkeypatch.setattr(bootstrap, "observe", lambda fleet: Observed({}))
+        monkeypatch.setattr(bootstrap, "_refresh", lambda fleet, before: Observed({}))
         monkeypatch.setattr(bootstrap, "_locked", locked)
         monkeypatch.setattr(bootstrap, "SETTLE", 0.1)
         monkeypatch.setattr(bootstrap, "QUIET", 0.1)
@@ -146,6 +146,34 @@ def test_what_heals_by_itself_is_waited_for(rounds: Any) -> None:
 def test_what_does_not_heal_is_an_error(rounds: Any) -> None:
     with pytest.raises(SwarmmailError, match="not all is as wanted after bootstrap: host1 is down in the Swarm"):
         rounds(WAIT)
+
+
+@pytest.mark.parametrize(("changes", "waits"), [(0, 1), (1, 2), (2, 3), (9, bootstrap.ELECTIONS)])
+def test_a_new_leader_has_time_of_its_own_to_hear_of_all_nodes(
+    monkeypatch: pytest.MonkeyPatch, changes: int, waits: int
+) -> None:
+    leaders = [f"node{i}" for i in range(changes + 1)]
+    whole: list[str] = []
+
+    def wait_until(read: Any, good: Any, seconds: float, pause: float = 0.5) -> Any:
+        if seconds == bootstrap.QUIET:
+            return read()
+        seen = replace(read()[0], swarm=led_by(leaders[min(len(whole) + 1, changes)]))
+        whole.append(seen.leader)
+        found = (seen, None, WAIT)
+        assert good(found) is (seen.leader != leaders[min(len(whole) - 1, changes)])
+        return found
+
+    def led_by(leader: str) -> Swarm:
+        return Swarm("s", "lab", "host1", {leader: Node(leader, "", "manager", "ready", "active", "", leader=True)})
+
+    monkeypatch.setattr(bootstrap.swarm, "wait_until", wait_until)
+    first = Observed({}, led_by(leaders[0]))
+    monkeypatch.setattr(bootstrap, "observe", lambda fleet: first)
+    monkeypatch.setattr(bootstrap, "_refresh", lambda fleet, before: first)
+    monkeypatch.setattr(bootstrap, "decide", lambda *_: (None, WAIT))
+    bootstrap._wait(Fleet(), (first, None, WAIT))  # type: ignore[arg-type]
+    assert len(whole) == waits
 
 
 def test_what_never_ends_is_an_error(rounds: Any) -> None:
@@ -288,6 +316,29 @@ def test_a_manager_that_stays_one_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
     found = bootstrap.look_at_swarm(Fleet("wmm"), members("host1", "host2", "host3"))  # type: ignore[arg-type]
     assert found is not None
     assert found.manager == "host2"
+
+
+@pytest.mark.parametrize(("away", "held"), [((), True), (("host2",), True), (("host2", "host3"), False)])
+def test_a_leader_that_is_left_alone_can_hold_no_lock(
+    monkeypatch: pytest.MonkeyPatch, away: tuple[str, ...], held: bool
+) -> None:
+    taken: list[bool] = []
+
+    @contextlib.contextmanager
+    def hold(manager: object, task: str, *, swarm: bool) -> Iterator[None]:
+        taken.append(swarm)
+        yield
+
+    nodes = {
+        name: Node(name, "", "manager", "ready", "active", "", labels={HOST_LABEL: name})
+        for name in ("host1", "host2", "host3")
+    }
+    monkeypatch.setattr(bootstrap.lock, "held", hold)
+    facts = members("host1", "host2", "host3")
+    facts |= {name: make_facts(name, engine="", units={"docker": ("inactive", "enabled")}) for name in away}
+    design, _ = bootstrap.decide(make_inventory("mmm"), Observed(facts, Swarm("s", "lab", "host1", nodes)))
+    with bootstrap._locked(Fleet("mmm"), design):  # type: ignore[arg-type]
+        assert taken == ([False, True] if held else [False])
 
 
 # ---- details of steps ----
