@@ -314,7 +314,25 @@ class Run:
         self.journal.remove()
 
     def finish(self) -> None:
-        """From the cutover to the end. A target that does not serve is tidied up too, so that it can be moved."""
+        """From the cutover to the end.
+
+        Raises:
+            SwarmmailError: why it failed, that the service is on the target all the same, and how to go on.
+        """
+        try:
+            self._finish()
+        except (NotServing, Overtaken):
+            raise
+        except SwarmmailError as error:
+            raise SwarmmailError(
+                f"{error.what}; {self.move.service} is on {self.move.target}, and its move is not over",
+                host=error.host,
+                step=error.step,
+                hint="; ".join(filter(None, (error.hint, "when that is mended: fab migrate.resume"))),
+            ) from error
+
+    def _finish(self) -> None:
+        """A target that does not serve is tidied up too, so that it can be moved."""
         failure: SwarmmailError | None = None
         if self.journal.phase is not Phase.AFTER:
             self._do("cutover")

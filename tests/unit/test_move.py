@@ -480,6 +480,19 @@ def test_a_killed_move_of_a_service_without_data_is_undone_or_finished(at: str, 
     assert acts.done == then and world.journal is None
 
 
+@pytest.mark.parametrize("at", ["serve", "address", "tidy", "after"])
+def test_what_fails_after_the_cutover_says_where_the_service_is_and_how_to_go_on(at: str) -> None:
+    world = World(journal=(WITHOUT_DATA, Phase.COPY))
+    failing = Told(at, HostError("no route", host="host9", step="look", hint="see: fab status"))
+    with pytest.raises(SwarmmailError) as seen:
+        without_data(failing, world)
+    assert str(seen.value) == (
+        f"host9, look: no route; {WITHOUT_DATA.service} is on {WITHOUT_DATA.target}, and its move is not over -> "
+        "see: fab status; when that is mended: fab migrate.resume"
+    )
+    assert world.journal is not None
+
+
 def test_the_journal_keeps_the_move() -> None:
     assert model.decode(WITHOUT_DATA.encode()) == WITHOUT_DATA
     assert model.decode(a_move().encode()) == a_move()
