@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from conftest import HOSTS, Project
+from conftest import HOSTS, SLOW, Project
 from mailing import container, imap, queue, trusting
 
 from swarmmail.model.ledger import GONE, Actions, Ledger, Verdict
@@ -30,7 +30,7 @@ class Stream:
     project: Project
     to: Sequence[str]
     password: str
-    rate: float = float(os.environ.get("SWARMMAIL_RATE", "20"))
+    rate: float = float(os.environ.get("SWARMMAIL_RATE", 20 / SLOW))
     """Mails a second. A machine that is busy with other things bears less."""
     hosts: Sequence[str] = ("host1",)
     """Tried one after the other: where the MTA may be."""
@@ -176,7 +176,7 @@ class Clients:
         rng, keeps = random.Random(worker), worker % 2  # noqa: S311
         client: imaplib.IMAP4 | None = None
         for number in itertools.count():
-            if self._stop.wait(rng.uniform(0.05, 0.4)):
+            if self._stop.wait(SLOW * rng.uniform(0.05, 0.4)):
                 break
             client = client or self._login(self.to[worker % len(self.to)])
             if client is None:
@@ -397,22 +397,23 @@ while (1) {
         my $line = <$to>;
         if ($line =~ /^220/) { print "yes\n"; print $to "QUIT\r\n"; last }
     }
-    select undef, undef, undef, 0.05;
+    select undef, undef, undef, $ARGV[0];
 }
 """
 
 
 @contextlib.contextmanager
 def lmtp_probe(project: Project, mta: str = "host1") -> Iterator[list[float]]:
-    """20 LMTP greetings a second, asked in the MTA's own network by name, as Postfix does: each address that the name
-    has. Yields a list that at the end holds the moments (seconds) at which one was seen."""
+    """20 LMTP greetings a second (fewer on slow hosts), asked in the MTA's own network by name, as Postfix does: each
+    address that the name has. Yields a list that at the end holds the moments (seconds) at which one was seen."""
     seen: list[float] = []
     running: list[subprocess.Popen[str]] = []
     ended = threading.Event()
 
     def ask() -> None:
         # one process for all of them: what measures must not be what the machine is busy with
-        words = project.on(mta, "docker", "exec", "-i", container(project, mta, "mail_mta"), "perl", "-e", _GREETINGS)
+        perl = ("perl", "-e", _GREETINGS, f"{0.05 * SLOW:g}")
+        words = project.on(mta, "docker", "exec", "-i", container(project, mta, "mail_mta"), *perl)
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             running[:] = [process]
             assert process.stdout is not None
