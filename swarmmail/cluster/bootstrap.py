@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -30,7 +30,8 @@ ROUNDS = 4
 """Plans carried out in one run: the last one must find nothing to do."""
 SETTLE = patient(75)  # seconds that nodes may take to become Ready: after a change of leader each has to report anew
 ELECTIONS = 3
-"""Changes of leader in one wait: a host that was cut off brings one about when it is back."""
+"""So often that wait is made anew when there is a new leader: a manager that was cut off brings an election about when
+it is back, and half a minute may pass until somebody leads."""
 QUIET = 5
 """Seconds in which what heals by itself mostly has: only then it is said, and everything is looked at anew."""
 _IN_DOCKER = frozenset(set(Action) - {Action.INSTALL, Action.MESH, Action.START, Action.LEAVE})
@@ -223,9 +224,6 @@ def _wait(fleet: Fleet, before: _Found) -> _Found:
     def over(found: _Found) -> bool:
         return found[2].is_done or not found[2].is_empty
 
-    def over_or_led_by_another(leader: str) -> Callable[[_Found], bool]:
-        return lambda found: over(found) or found[0].leader != leader
-
     found = before
     with contextlib.suppress(SwarmmailError):  # what it was, the whole look says
         found = swarm.wait_until(short, over, QUIET, pause=0.1)
@@ -235,9 +233,8 @@ def _wait(fleet: Fleet, before: _Found) -> _Found:
         for wait in found[2].waits:
             report.warning(f"{wait}; waiting for up to {SETTLE:g} s")
     for _ in range(ELECTIONS):
-        leader = found[0].leader
-        found = swarm.wait_until(whole, over_or_led_by_another(leader), SETTLE)
-        if over(found) or found[0].leader == leader:
+        found = swarm.wait_until(whole, over, SETTLE)
+        if over(found) or not found[0].has_new_leader:
             break
     return found
 

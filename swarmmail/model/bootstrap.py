@@ -62,10 +62,10 @@ class Observed:
     swarm: Swarm | None = None
 
     @property
-    def leader(self) -> str:
-        """Node id of the manager that leads; empty while nobody does."""
-        nodes = self.swarm.nodes.values() if self.swarm is not None else ()
-        return next((node.id for node in nodes if node.leader), "")
+    def has_new_leader(self) -> bool:
+        """A leader that was just elected has not heard of some node yet: it calls it ``unknown``, and soon ``ready`` or
+        ``down`` (moby/swarmkit, manager/dispatcher: markNodesUnknown)."""
+        return self.swarm is not None and any(node.state == "unknown" for node in self.swarm.nodes.values())
 
 
 @dataclass(frozen=True)

@@ -148,32 +148,32 @@ def test_what_does_not_heal_is_an_error(rounds: Any) -> None:
         rounds(WAIT)
 
 
-@pytest.mark.parametrize(("changes", "waits"), [(0, 1), (1, 2), (2, 3), (9, bootstrap.ELECTIONS)])
+@pytest.mark.parametrize(
+    ("states", "waits"),
+    [(["down"], 1), (["unknown", "down"], 2), (["unknown"] * 9, bootstrap.ELECTIONS), (["unknown", "ready"], 2)],
+)
 def test_a_new_leader_has_time_of_its_own_to_hear_of_all_nodes(
-    monkeypatch: pytest.MonkeyPatch, changes: int, waits: int
+    monkeypatch: pytest.MonkeyPatch, states: list[str], waits: int
 ) -> None:
-    leaders = [f"node{i}" for i in range(changes + 1)]
-    whole: list[str] = []
+    seen: list[str] = []
 
     def wait_until(read: Any, good: Any, seconds: float, pause: float = 0.5) -> Any:
-        if seconds == bootstrap.QUIET:
-            return read()
-        seen = replace(read()[0], swarm=led_by(leaders[min(len(whole) + 1, changes)]))
-        whole.append(seen.leader)
-        found = (seen, None, WAIT)
-        assert good(found) is (seen.leader != leaders[min(len(whole) - 1, changes)])
-        return found
+        return read()
 
-    def led_by(leader: str) -> Swarm:
-        return Swarm("s", "lab", "host1", {leader: Node(leader, "", "manager", "ready", "active", "", leader=True)})
+    def observe(fleet: object) -> Observed:
+        seen.append(states[len(seen)])
+        return Observed({}, Swarm("s", "lab", "host1", {"n": Node("n", "", "manager", seen[-1], "active", "")}))
+
+    def decide(inventory: object, observed: Observed) -> tuple[None, Plan]:
+        ready = observed.swarm is not None and observed.swarm.nodes["n"].state == "ready"
+        return None, Plan() if ready else WAIT
 
     monkeypatch.setattr(bootstrap.swarm, "wait_until", wait_until)
-    first = Observed({}, led_by(leaders[0]))
-    monkeypatch.setattr(bootstrap, "observe", lambda fleet: first)
-    monkeypatch.setattr(bootstrap, "_refresh", lambda fleet, before: first)
-    monkeypatch.setattr(bootstrap, "decide", lambda *_: (None, WAIT))
-    bootstrap._wait(Fleet(), (first, None, WAIT))  # type: ignore[arg-type]
-    assert len(whole) == waits
+    monkeypatch.setattr(bootstrap, "observe", observe)
+    monkeypatch.setattr(bootstrap, "_refresh", lambda fleet, before: before)
+    monkeypatch.setattr(bootstrap, "decide", decide)
+    found = bootstrap._wait(Fleet(), (Observed({}), None, WAIT))  # type: ignore[arg-type]
+    assert (len(seen), found[2].is_done) == (waits, states[-1] == "ready")
 
 
 def test_what_never_ends_is_an_error(rounds: Any) -> None:
