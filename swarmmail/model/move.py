@@ -43,6 +43,8 @@ STALE = "stale"
 MAX_PASSES = 6
 SMALL = 1.0
 """Seconds: a pass that is shorter is as short as the last one will be."""
+FEW, LITTLE = 100, 10_000_000
+"""Files, and bytes, that are sent in no time."""
 
 
 class Phase(StrEnum):
@@ -162,10 +164,13 @@ class Pass:
 
 
 def another_pass(done: tuple[Pass, ...]) -> bool:
-    """Whether one more copy of a running service makes the last one shorter."""
+    """Whether one more copy of a running service makes the last one shorter. Not when it had little to send: what took
+    its time then was to look at all files, and the next would take as long."""
     if not done:
         return True
     if len(done) >= MAX_PASSES or done[-1].seconds <= SMALL:
+        return False
+    if done[-1].files <= FEW and done[-1].bytes <= LITTLE:
         return False
     return len(done) < 2 or done[-1].seconds < 0.7 * done[-2].seconds
 
