@@ -41,8 +41,8 @@ STANDBY = "standby"
 STALE = "stale"
 """State of a marker: an old copy. Its fence refuses."""
 MAX_PASSES = 6
-SMALL = 1.0
-"""Seconds: a pass that is shorter is as short as the last one will be."""
+SMALL = 10
+"""Seconds: what changes while a shorter pass runs is little, and the standby's own pass fetches it."""
 FEW, LITTLE = 100, 10_000_000
 """Files, and bytes, that are sent in no time."""
 
