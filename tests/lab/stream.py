@@ -30,7 +30,7 @@ class Stream:
     project: Project
     to: Sequence[str]
     password: str
-    rate: float = float(os.environ.get("SWARMMAIL_RATE", 20 / SLOW))
+    rate: float = float(os.environ.get("SWARMMAIL_RATE", 20 if SLOW == 1 else 0.5))
     """Mails a second. A machine that is busy with other things bears less."""
     hosts: Sequence[str] = ("host1",)
     """Tried one after the other: where the MTA may be."""
