@@ -117,6 +117,8 @@ def look_at_swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
             step="read the Swarm",
             hint="; ".join(f"{name}: {why}" for name, why in hindered.items()) + "; run: fab bootstrap"
             if hindered
+            else "enough of them run and will elect a leader: try again in a minute; is TCP 2377 open between them?"
+            if electing
             else "without a majority of managers nothing can be changed: bring the missing ones back",
         )
     return None

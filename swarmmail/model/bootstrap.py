@@ -217,6 +217,9 @@ def plan(design: Design) -> Plan:
     if mute := silent(hosts):
         # They may be members: to join them anew would take a good node from the Swarm.
         waits.append(f"Docker does not answer on {', '.join(mute)}; when it does, the rest of the plan shows")
+    if swarm is not None and not has_majority(swarm, hosts):
+        waits.append("too few managers hear each other to change the Swarm; when they do, the rest of the plan shows")
+    if waits:
         return Plan(tuple(_in_order(steps)), tuple(notes), tuple(waits), is_partial=True)
     asleep = {name for name, membership in memberships.items() if membership == "asleep"}
     waits += [

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from simulator import BIND, UNITS, Cloud, Machine, Member, World, decide, run
 
 from swarmmail.model import bootstrap as model
+from swarmmail.model.bootstrap import Observed
 from swarmmail.model.errors import Refused
 from swarmmail.model.plan import Action, Plan
 from swarmmail.model.swarm import HOST_LABEL, Node
@@ -583,6 +584,25 @@ def test_a_host_whose_docker_is_silent_hides_the_rest_of_the_plan() -> None:
     assert [(step.action, step.host) for step in plan.steps] == [(Action.START, "host2")]
     assert plan.is_partial
     assert not plan.is_done
+
+
+@pytest.mark.parametrize(("cut", "whole"), [((), True), (("host3",), True), (("host2", "host3"), False)])
+def test_what_only_a_majority_can_do_is_not_planned_for_a_leader_that_is_left_alone(
+    cut: tuple[str, ...], whole: bool
+) -> None:
+    """It answers for some seconds more."""
+    world = clustered(encryption="wireguard")
+    seen = world.observe()
+    assert seen.swarm is not None
+    facts = {
+        name: replace(one, mesh=replace(one.mesh, address="")) if name in cut else one
+        for name, one in seen.hosts.items()
+    }
+    observed = Observed(facts, replace(seen.swarm, networks={}))  # the overlay is to be made anew
+    done = model.plan(model.design(world.inventory, observed, {}))
+    assert bool(done.of(Action.NETWORK)) is whole
+    assert done.is_partial is not whole
+    assert [step.host for step in done.of(Action.MESH) if step.host in cut] == list(cut)
 
 
 @pytest.mark.parametrize("stopped", [("host2", "host3"), ("host1", "host3"), ("host1", "host2", "host3")])
