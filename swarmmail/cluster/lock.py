@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ import tenacity
 
 from swarmmail import report
 from swarmmail.hosts.connection import Host
-from swarmmail.model.errors import HostError, Locked
+from swarmmail.model.errors import HostError, Locked, SwarmmailError
 
 T = TypeVar("T")
 ELECTION = 60  # seconds
@@ -184,7 +185,7 @@ def held(manager: Host, task: str, *, swarm: bool) -> Iterator[None]:
             break  # taken by a try whose answer was lost
         if other is not None and is_dead(other):
             report.warning(f"an earlier run ({other.text}) ended without a word; its lock is taken over")
-            release(manager, swarm, other.token)
+            _patiently(functools.partial(release, manager, swarm, other.token))
             continue
         raise Locked(
             other.text if other else "somebody has just taken the lock",
@@ -192,7 +193,14 @@ def held(manager: Host, task: str, *, swarm: bool) -> Iterator[None]:
             step="lock",
             hint="wait; if that run is dead for certain: fab lock.break",
         )
+    done = False
     try:
         yield
+        done = True
     finally:
-        _patiently(lambda: release(manager, swarm, owner.token))
+        try:
+            _patiently(lambda: release(manager, swarm, owner.token))
+        except SwarmmailError as error:
+            if done:
+                raise
+            report.warning(f"{error}; the next run takes the lock over")  # what went wrong before is what people need

@@ -312,6 +312,21 @@ def test_an_election_of_managers_is_waited_for(host: Any, monkeypatch: pytest.Mo
     assert host.docker.kept == {}
 
 
+def test_what_went_wrong_is_not_hidden_by_a_lock_that_can_not_be_released(
+    host: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(*_: object) -> None:
+        raise HostError("connection lost", host="host1", step="release the lock")
+
+    monkeypatch.setattr(lock, "release", lost)
+    with pytest.raises(ValueError, match="the cause"), lock.held(host, MINE, swarm=True):
+        raise ValueError("the cause")
+    assert "host1, release the lock: connection lost" in capsys.readouterr().err
+    host.docker.kept.clear()
+    with pytest.raises(HostError, match="connection lost"), lock.held(host, MINE, swarm=True):
+        """Nothing else went wrong."""
+
+
 def test_a_lock_whose_answer_was_lost_is_ours(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = lock.me(MINE)
     monkeypatch.setattr(lock, "me", lambda task: owner)
