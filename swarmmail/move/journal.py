@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import secrets
 from typing import Any
 
 import docker.errors
 import tenacity
 
+from swarmmail.cluster import lock
 from swarmmail.hosts.connection import Host
 from swarmmail.hosts.dockerapi import update
 from swarmmail.model.errors import HostError, Locked, Refused
@@ -19,6 +21,8 @@ from swarmmail.model.move import JOURNAL as NAME
 from swarmmail.model.move import Move, Overtaken, Phase, decode
 
 PHASE_LABEL = "swarmmail.phase"
+WRITER_LABEL = "swarmmail.writer"
+"""Which run wrote the phase: one whose answer was lost in an election knows its own word again."""
 PATIENCE = 30  # seconds for which a manager that does not answer is asked again: an election takes less
 
 
@@ -28,6 +32,7 @@ class Journal:
     def __init__(self, manager: Host, raw: dict[str, Any]) -> None:
         self.manager = manager
         self._raw = raw
+        self._me = secrets.token_hex(8)
         self.move: Move = decode(base64.b64decode(raw["Spec"].get("Data", "")))
 
     @property
@@ -45,7 +50,8 @@ class Journal:
     def advance(self, phase: Phase) -> None:
         """Raises Overtaken when somebody else wrote in between."""
         spec = dict(self._raw["Spec"])
-        spec["Labels"] = {**(spec.get("Labels") or {}), PHASE_LABEL: phase.value}
+        mine = {PHASE_LABEL: phase.value, WRITER_LABEL: self._me}
+        spec["Labels"] = {**(spec.get("Labels") or {}), **mine}
         api, name = self.manager.docker, self._raw["ID"]
 
         def write() -> dict[str, Any]:
@@ -54,15 +60,16 @@ class Journal:
                     update(api, "configs", self._raw, spec)
                 except (docker.errors.NotFound, docker.errors.APIError) as error:
                     text = str(error.explanation or error)
-                    if isinstance(error, docker.errors.NotFound) or "out of sequence" in text or "not found" in text:
+                    if isinstance(error, docker.errors.NotFound) or "not found" in text:
                         raise _overtaken(phase) from None
-                    raise
+                    if "out of sequence" not in text:
+                        raise
                 raw: dict[str, Any] = api.inspect_config(name)
+                if not mine.items() <= raw["Spec"]["Labels"].items():
+                    raise _overtaken(phase)  # somebody else wrote, before our word or right after it
                 return raw
 
         self._raw = _patiently(write)
-        if self.phase is not phase:
-            raise _overtaken(phase)  # right after our word somebody else wrote
 
     def remove(self) -> None:
         with self.manager.doing("remove the journal"), contextlib.suppress(docker.errors.NotFound):
@@ -88,11 +95,11 @@ def read(manager: Host) -> Journal | None:
     return Journal(manager, found[0]) if found else None
 
 
-def begin(manager: Host, move: Move) -> Journal:
+def begin(manager: Host, move: Move, phase: Phase = Phase.COPY) -> Journal:
     """Raises Locked when there is one already."""
     with manager.doing("begin the journal"):
         try:
-            manager.docker.create_config(NAME, move.encode(), labels={PHASE_LABEL: Phase.COPY.value})
+            manager.docker.create_config(NAME, move.encode(), labels={PHASE_LABEL: phase.value})
         except docker.errors.APIError as error:
             if "already exists" not in str(error):
                 raise
@@ -106,7 +113,7 @@ def begin(manager: Host, move: Move) -> Journal:
 def _patiently(act: Any) -> Any:
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(
-            lambda error: isinstance(error, HostError) and "does not have a leader" in error.what
+            lambda error: isinstance(error, HostError) and any(words in error.what for words in lock.NO_LEADER)
         ),
         stop=tenacity.stop_after_delay(PATIENCE),
         wait=tenacity.wait_fixed(0.5),

@@ -293,8 +293,7 @@ def _without_source(fleet: Fleet, seen: Seen, name: str, to: str, options: Optio
     )
     made = _acts(fleet, move, seen, options)
     times = Times()
-    opened = journal.begin(seen.manager, move)
-    opened.advance(model.Phase.CUTOVER)
+    opened = journal.begin(seen.manager, move, model.Phase.CUTOVER)  # in one: before it there would be a way back
     model.Run(move, made, opened, times.watch).finish()
     made.lines.append(f"{source.host} may come back: its copy is refused, and can be removed by migrate.purge")
     return _done(made, times)
