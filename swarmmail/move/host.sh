@@ -229,7 +229,7 @@ GONE='^rsync: \[sender\] .* No such file or directory (2)$'
 # --modify-window=-1: times count to the nanosecond; else a file that changed twice within a second and kept its size would be taken
 # for unchanged.
 pass() {
-    folder "$1"; since=$2 where=$3 limit=$4; shift 4
+    folder "$1"; since=$2 where=$3 limit=$4 vanished=0; shift 4
     echo "began $(date +%s)"
     for pair; do
         path=${pair%%=*} there=${pair#*=} which=
@@ -248,8 +248,10 @@ pass() {
         if [ "$status" = 23 ] && grep -q "$GONE" "$D/errors" && ! grep -qv "$GONE\|^file has vanished: \|^rsync error: \|^IO error " "$D/errors"; then
             status=24
         fi
-        [ "$status" = 0 ] || { grep -v '^rsync error' "$D/errors" | head -3 >&2; tail -1 "$D/errors" >&2; return "$status"; }
+        [ "$status" = 0 ] || { grep -v '^rsync error' "$D/errors" | head -3 >&2; tail -1 "$D/errors" >&2; }
+        case $status in 0) ;; 24) vanished=24 ;; *) return "$status" ;; esac # the next volume counts, too
     done
+    return "$vanished"
 }
 
 # addresses: this host's own, for the line that lets it in

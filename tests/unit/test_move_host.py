@@ -350,6 +350,19 @@ def test_what_went_away_while_it_was_looked_at_has_only_vanished(  # type: ignor
     assert (says or (last,))[0] in done.stderr
 
 
+@pytest.mark.parametrize(("status", "passes"), [(24, 2), (23, 1), (12, 1)])
+def test_what_vanished_in_one_volume_does_not_leave_out_the_next(  # type: ignore[no-untyped-def]
+    run, copy, tmp_path: Path, volume: Path, status: int, passes: int
+) -> None:
+    _, there = copy
+    rsync = tmp_path / "bin" / "rsync"
+    rsync.write_text(f"#!/bin/sh\necho once >>{tmp_path}/log\nexit {status}\n")
+    rsync.chmod(0o755)
+    pair = f"{volume}={there}"
+    assert run("pass", "id1", 0, "x@y", 0, pair, pair).returncode == status
+    assert (tmp_path / "log").read_text() == "once\n" * passes
+
+
 def test_a_pass_over_what_has_changed_finds_all_that_a_service_does(run, copy, volume: Path) -> None:  # type: ignore[no-untyped-def]
     """As a mail server does it: new names, renamed ones, deletions, a file that grows, one replaced, a hard link."""
     one, there = copy
