@@ -322,7 +322,7 @@ class Run:
         """From the cutover to the end.
 
         Raises:
-            SwarmmailError: why it failed, that the service is on the target all the same, and how to go on.
+            SwarmmailError: why it failed, that there is no way back, and how to go on.
         """
         try:
             self._finish()
@@ -330,14 +330,14 @@ class Run:
             raise
         except SwarmmailError as error:
             raise SwarmmailError(
-                f"{error.what}; {self.move.service} is on {self.move.target}, and its move is not over",
+                f"{error.what}; the move of {self.move.text} is past its cutover, and not over",
                 host=error.host,
                 step=error.step,
                 hint="; ".join(filter(None, (error.hint, "when that is mended: fab migrate.resume"))),
             ) from error
 
     def _finish(self) -> None:
-        """A target that does not serve is tidied up too, so that it can be moved."""
+        """A target that has the data and does not serve is tidied up too, so that it can be moved."""
         failure: SwarmmailError | None = None
         if self.journal.phase is not Phase.AFTER:
             self._do("cutover")
@@ -347,12 +347,19 @@ class Run:
                 failure = error
             self._do("release")
             self.journal.advance(Phase.AFTER)
-        self._do("tidy")
-        if failure is not None:
-            self.journal.remove()
-            raise failure
-        self._do("after")
+        try:
+            self._do("tidy")
+            if failure is None:
+                self._do("after")
+        except NotServing as error:
+            failure = error
+        except SwarmmailError as error:
+            if failure is not None:
+                error.what = f"{failure.what}; and {error.what}"
+            raise
         self.journal.remove()
+        if failure is not None:
+            raise failure
 
     def recover(self) -> bool:
         """What a run that died left to do; True when the service is now on the target."""

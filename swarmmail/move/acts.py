@@ -511,11 +511,15 @@ class HostActs:
             if self._stopped_at is not None:
                 self.gap = time.monotonic() - self._stopped_at
             return
-        raise NotServing(
-            f"{self.move.service} has its data on {self.target.name} and does not answer: {problem}",
+        raise self._not_serving("serve", f"does not answer: {problem}")
+
+    def _not_serving(self, step: str, problem: str) -> NotServing:
+        return NotServing(
+            f"{self.move.service} is on {self.target.name} and {problem}",
             host=self.target.name,
-            step="serve",
-            hint=f"mend it there; or move it back: fab migrate --service {self.move.service} --to {self.move.source}",
+            step=step,
+            hint=f"see why: docker service ps --no-trunc {self.stack.name}_{self.move.service}; mend it there; or move "
+            f"it back: fab migrate --service {self.move.service} --to {self.move.source}",
         )
 
     def address(self) -> None:
@@ -547,7 +551,8 @@ class HostActs:
         swarm.wait_until(lambda: not self._containers(host), bool, ENDED_LIMIT)
 
     def after(self) -> None:
-        swarm.wait_until(self._runs, bool, STANDBY_LIMIT)  # if it does not, the hooks say what is missing
+        if not swarm.wait_until(self._runs, bool, STANDBY_LIMIT):
+            raise self._not_serving("after", f"has not been well there for {STANDBY_LIMIT} s")
         self.lines += self.hooks.after()
         if not self._followed:  # it failed, or a run that was killed may not have come to it
             try:

@@ -33,14 +33,14 @@ class BoundActs(HostActs):
 
     def standby(self) -> None:
         try:
-            self.hooks.answers(self.target, self._up())
+            self.serve()
         except HostError as error:
             what = f"{error.what}; it stays on {self.source.name}"
             raise HostError(what, host=error.host, step="standby", hint=error.hint) from None
 
     def serve(self) -> None:
         """Once more: a run that finishes what another one began does not know."""
-        self.standby()
+        self.hooks.answers(self.target, self._up())
 
     def tidy(self) -> None:
         self._label(self.move.target_node, PLACED)  # a hand may have taken it

@@ -24,7 +24,12 @@ def _end(hosts: Fleet, done: move.Done, times: bool, no_verify: bool) -> None:
         report.result(line)
     gap = f"; it was away {done.gap:.2f} s" if done.gap is not None else ""
     report.result(f"migrate: {done.move.service} is on {done.move.target}{gap}", good=True)
-    verify.at_the_end(hosts, no_verify)
+    try:
+        verify.at_the_end(hosts, no_verify)
+    except BaseException:
+        if done.failure is not None:
+            report.warning(str(done.failure))
+        raise
     if done.failure is not None:
         raise done.failure
 

@@ -266,7 +266,7 @@ def test_a_target_that_does_not_serve_is_said_and_can_be_left(mailing: Project) 
             break
     with planted(mailing, target, "mail_mda", "in iifname != lo tcp dport 24"):
         said = mailing.finish(process, 300)
-        said.error(target, "has its data on .* and does not answer: no LMTP greeting within 20 s")
+        said.error(target, "is on .* and does not answer: no LMTP greeting within 20 s")
         assert place(mailing) == target
         clean(mailing)
     migrate(mailing, source, check=0)

@@ -38,6 +38,32 @@ def hook(folder: Path, role: str, name: str | None = "move-address") -> tuple[An
     return hooks.of(SimpleNamespace(inventory=loaded), None, role), source, target  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("said", "looks"), [("nsenter: cannot open /proc/7/ns/ipc: No such file", 2), ("no", 1)])
+def test_a_container_that_was_replaced_is_looked_for_once_more(said: str, looks: int) -> None:
+    class Host:
+        def run(self, command: str, **_: object) -> Any:
+            if "-t 7 " in command:
+                raise HostError(said, host="host1")
+            return SimpleNamespace(stdout=command)
+
+    found: list[str] = []
+
+    class Mda(hooks.Mda):
+        def _find(self, role: str) -> Any:
+            if role not in self._found:
+                found.append(role)
+                self._found[role] = SimpleNamespace(host=Host()), 6 + len(found)  # type: ignore[assignment]
+            return self._found[role]
+
+    mda = Mda(None, None)  # type: ignore[arg-type]
+    if looks == 2:
+        assert mda._inside("true", step="try").startswith("nsenter -t 8 ")
+    else:
+        with pytest.raises(HostError, match="no"):
+            mda._inside("true", step="try")
+    assert found == ["mta"] * looks
+
+
 @pytest.mark.parametrize("role", ["mta", "edge"])
 def test_it_is_told_what_has_moved_from_where_to_where(program: Path, role: str) -> None:
     which, source, target = hook(program.parent, role)

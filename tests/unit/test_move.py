@@ -487,10 +487,32 @@ def test_what_fails_after_the_cutover_says_where_the_service_is_and_how_to_go_on
     with pytest.raises(SwarmmailError) as seen:
         without_data(failing, world)
     assert str(seen.value) == (
-        f"host9, look: no route; {WITHOUT_DATA.service} is on {WITHOUT_DATA.target}, and its move is not over -> "
+        f"host9, look: no route; the move of {WITHOUT_DATA.text} is past its cutover, and not over -> "
         "see: fab status; when that is mended: fab migrate.resume"
     )
     assert world.journal is not None
+
+
+@pytest.mark.parametrize("act", [Run.forward, Run.recover])
+@pytest.mark.parametrize("at", ["serve", "after"])
+def test_what_does_not_serve_is_tidied_up_so_that_it_can_be_moved(at: str, act: Callable[[Run], object]) -> None:
+    world = World(journal=(WITHOUT_DATA, Phase.CUTOVER if act is Run.recover else Phase.COPY))
+    acts = Told(at, NotServing("ill"))
+    with pytest.raises(NotServing, match="ill"):
+        without_data(acts, world, act)
+    assert acts.done[-2:] == {"serve": ["serve", "tidy"], "after": ["tidy", "after"]}[at]
+    assert world.journal is None
+
+
+def test_what_does_not_serve_is_said_also_when_it_can_not_be_tidied_up() -> None:
+    class Ill(Told):
+        def serve(self) -> None:
+            raise NotServing("ill")
+
+    world = World(journal=(WITHOUT_DATA, Phase.COPY))
+    with pytest.raises(SwarmmailError, match=r"ill; and cut off; the move .* not over -> .*migrate\.resume"):
+        without_data(Ill("tidy", HostError("cut off")), world)
+    assert world.journal is not None and world.journal[1] is Phase.AFTER
 
 
 def test_the_journal_keeps_the_move() -> None:
