@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lab"))
 
 import pytest
-from conftest import MAIL, Project
+from conftest import MAIL, Project, eventually
 from mailing import PASSWORD, container
 from moving import AT_EACH_STEP, FAULTS, READER, USERS, accounts_for, go_wrong, own_lab, place
 from stream import Clients, Stream, Watch, lmtp_probe, longest
@@ -57,6 +57,8 @@ def one(project: Project, seed: int, only: str, rate: float) -> Row:
     rng = random.Random(seed)  # noqa: S311
     groups = [[name for name in group if only in name] for group in (FAULTS, AT_EACH_STEP)]
     fault = rng.choice(rng.choice([group for group in groups if group]))
+    # the fault of the run before may have an election as its late effect
+    eventually(lambda: project.fab("user.list", "--inventory", MAIL).status == 0, 120, "the managers have a leader")
     accounts_for(project)
     with (
         Watch(project) as watch,
