@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from swarmmail.model.errors import Refused, SwarmmailError
+from swarmmail.model.errors import Refused, SwarmmailError, Unreachable
 
 JOURNAL = "swarmmail-move"
 """Name of the Swarm config that holds the journal: there is one move at a time."""
@@ -251,6 +251,9 @@ Watch = Callable[[str, float], None]
 """Called after each step with its name and its seconds."""
 
 
+_MENDED = "when that is mended: fab migrate."
+
+
 @dataclass
 class Run:
     """One run over the steps. ``watch`` hears how long each took."""
@@ -298,8 +301,17 @@ class Run:
             raise SwarmmailError(
                 f"{error or type(error).__name__}; and it could not be undone: {worse}",
                 step="migrate",
-                hint=f"when that is mended: fab migrate.abort; {self.move.service} is on {self.move.source}",
+                hint=self._hints(worse, f"{_MENDED}abort; {self.move.service} is on {self.move.source}"),
             ) from None
+
+    def _hints(self, error: SwarmmailError, *others: str | None) -> str:
+        """What to do next, also when the host that does not answer never comes back."""
+        hints = list(others)
+        if isinstance(error, Unreachable):
+            other = self.move.source if error.host == self.move.target else self.move.target
+            again = f"fab migrate --service {self.move.service} --to {other} --source-is-dead"
+            hints.append(f"if {error.host} is lost for good: {again}")
+        return "; ".join(filter(None, hints))
 
     def _let_go(self) -> None:
         """What an overtaken run held nobody else may know of; to let it go is harmless where another holds, too."""
@@ -333,7 +345,7 @@ class Run:
                 f"{error.what}; the move of {self.move.text} is past its cutover, and not over",
                 host=error.host,
                 step=error.step,
-                hint="; ".join(filter(None, (error.hint, "when that is mended: fab migrate.resume"))),
+                hint=self._hints(error, error.hint, f"{_MENDED}resume"),
             ) from error
 
     def _finish(self) -> None:
@@ -366,7 +378,17 @@ class Run:
         if self.journal.phase.is_forward_only:
             self.finish()
             return True
-        self.back()
+        try:
+            self.back()
+        except Overtaken:
+            raise
+        except SwarmmailError as error:
+            raise SwarmmailError(
+                f"{error.what}; the move of {self.move.text} is not undone yet",
+                host=error.host,
+                step=error.step,
+                hint=self._hints(error, error.hint, f"{_MENDED}abort"),
+            ) from error
         return False
 
 

@@ -582,6 +582,16 @@ class HostActs:
             report.warning(f"{error}; its copy is left as it is, and can't be started")
         swarm.set_label(self.manager, self.move.target_node, self.service.place_label, None)
 
+    def give_up(self, lost: Host) -> None:
+        """The host that the service is on is lost: what the other one has is an older copy from now on."""
+        if lost.name == self.target.name:
+            close(self.source)
+            self._mark_source(STALE, f"{HELD},{STALE}", "mark the old copy")
+            swarm.set_label(self.manager, self.move.source_node, self.service.place_label, None)
+        else:
+            close(self.target)
+            swarm.set_label(self.manager, self.move.target_node, self.service.place_label, None)
+
     def _marked(self, host: Host) -> Mapping[str, str]:
         text = host.run(
             f"cat {shlex.quote(self.paths(host)[0])}/.swarmmail-volume 2>/dev/null || true", step="read the marker"

@@ -53,6 +53,11 @@ class BoundActs(HostActs):
     def retreat(self) -> None:
         self._end_on(self.target, self.move.target_node)
 
+    def give_up(self, lost: Host) -> None:
+        """It is on the source again, or still."""
+        self.revive()
+        self.retreat()
+
     def _label(self, node: str, value: str | None) -> None:
         swarm.set_label(self.manager, node, self.service.place_label, value)
 

@@ -47,6 +47,11 @@ class Journal:
                 hint="it is of another version of swarmmail",
             ) from None
 
+    @property
+    def place(self) -> str:
+        """The host that the service is on."""
+        return self.move.target if self.phase.is_forward_only else self.move.source
+
     def advance(self, phase: Phase) -> None:
         """Raises Overtaken when somebody else wrote in between."""
         spec = dict(self._raw["Spec"])

@@ -212,7 +212,10 @@ def migrate(fleet: Fleet, name: str, to: str, options: Options | None = None) ->
     seen = services.observe(fleet)
     with lock.held(seen.manager, f"migrate --service {name} --to {to}", swarm=True):
         left = journal.read(seen.manager)
-        if left is not None:
+        if left is not None and options.source_is_dead and left.move.service == service.name and _lost(seen, left):
+            _give_up(fleet, seen, left, options)
+            seen = services.observe(fleet)
+        elif left is not None:
             if (left.move.service, left.move.target) != (service.name, to):
                 raise Refused(
                     f"a move of {left.move.text} was interrupted in phase '{left.phase}'",
@@ -233,6 +236,40 @@ def migrate(fleet: Fleet, name: str, to: str, options: Options | None = None) ->
         for note in found.notes:
             report.progress(note)
         return _forward(fleet, seen, found, options)
+
+
+def _lost(seen: Seen, left: journal.Journal) -> bool:
+    """Whether the host that a move's service is on by its journal neither answers nor is a part of the Swarm."""
+    host = left.place
+    node = seen.swarm.node_of(host)
+    return bool(seen.observed.hosts[host].unreachable) and (node is None or node.state != "ready")
+
+
+def _give_up(fleet: Fleet, seen: Seen, left: journal.Journal, options: Options) -> None:
+    """A move whose service is on a host that is lost can neither be finished nor undone. Afterwards it is as if it had
+    come to its end there, or had not begun.
+
+    Raises:
+        Refused: the operator has not said yes to what it costs.
+    """
+    move, lost = left.move, left.place
+    if not options.yes:
+        cost = (
+            f"what {move.service} took there is lost"
+            if left.phase.is_forward_only
+            else f"what {move.target} has of it may not be whole"
+            if left.phase is model.Phase.COPY
+            else f"what {move.service} took in its last seconds there is lost"
+        )
+        raise Refused(
+            f"the move of {move.text} was interrupted in phase '{left.phase}', and {lost} does not answer: {cost}, "
+            f"unless {lost} can be brought back",
+            step="check",
+            hint="if it is lost for certain, the same with --yes; else, when it is back: fab migrate.resume",
+        )
+    _acts(fleet, move, seen, options).give_up(fleet[lost])
+    left.remove()
+    report.progress(f"the move of {move.text} is given up: {lost} is lost")
 
 
 def _without_source(fleet: Fleet, seen: Seen, name: str, to: str, options: Options) -> Done:

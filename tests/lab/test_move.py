@@ -678,6 +678,42 @@ def test_a_lost_source(mailing: Project) -> None:
     healed(mailing)
 
 
+@pytest.mark.parametrize("step", ["standby", "cutover"])
+def test_a_host_that_is_lost_in_the_middle_of_a_move(mailing: Project, step: str) -> None:
+    """The run is killed after a step, and the host that has the data never comes back: not finished, not undone."""
+    source = place(mailing)
+    target = other(source)
+    lost, left = (target, source) if step == "cutover" else (source, target)
+    process = mailing.start("migrate", "--service", "mda", "--to", target, "--inventory", MAIL, "--no-verify")
+    assert process.stderr is not None
+    assert any(f" s  {step}: " in line for line in process.stderr)
+    process.kill()
+    mailing.finish(process)
+    assert has_begun(mailing)
+    mailing.stop(lost)
+    words = ("migrate", "--service", "mda", "--to", left, "--source-is-dead", "--no-verify", "--inventory", MAIL)
+    try:
+        eventually(lambda: is_down(mailing, lost), 60, "the Swarm sees it")
+        resumed = mailing.fab("migrate.resume", "--inventory", MAIL, timeout=240)
+        assert resumed.status == 1, str(resumed)
+        again = f"if {lost} is lost for good: fab migrate --service mda --to {left} --source-is-dead"
+        assert again in resumed.stderr, str(resumed)
+        mailing.fab(*words).error("check", rf"was interrupted in phase '\w+', and {lost} does not answer: ", "--yes")
+        assert has_begun(mailing), "nothing was done without a yes"
+        result = mailing.fab(*words, "--yes", check=0, timeout=240)
+        assert f"migrate: mda is on {left}" in result.stdout, str(result)
+        token = send(mailing, USERS[0])
+        arrives(mailing, USERS[0], PASSWORD, token)
+    finally:
+        mailing.up(3)
+    eventually(lambda: mailing.bootstrap(MAIL, timeout=240).status == 0, 120, "the cluster is whole again")
+    time.sleep(3)
+    assert not container(mailing, lost, "mail_mda") and labelled(mailing) == [left]
+    mailing.fab("migrate.purge", "--inventory", MAIL, check=0)
+    clean(mailing)
+    healed(mailing)
+
+
 def test_a_lost_mta(mailing: Project) -> None:
     """Likewise; what its queue held is lost, and the public address follows to where the world finds an MTA again."""
     with_hook(mailing)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from swarmmail.model import move as model
-from swarmmail.model.errors import HostError, Refused, SwarmmailError
+from swarmmail.model.errors import HostError, Refused, SwarmmailError, Unreachable
 from swarmmail.model.move import HELD, STALE, STANDBY, Measured, Move, NotServing, Overtaken, Pass, Phase, Run
 from swarmmail.model.placement import LIVE
 
@@ -491,6 +491,17 @@ def test_what_fails_after_the_cutover_says_where_the_service_is_and_how_to_go_on
         "see: fab status; when that is mended: fab migrate.resume"
     )
     assert world.journal is not None
+
+
+@pytest.mark.parametrize(
+    ("phase", "at", "lost", "left"), [(Phase.AFTER, "tidy", TARGET, SOURCE), (Phase.STOP, "revive", SOURCE, TARGET)]
+)
+def test_a_host_that_does_not_answer_may_be_lost_for_good(phase: Phase, at: str, lost: str, left: str) -> None:
+    world = World(journal=(WITHOUT_DATA, phase))
+    with pytest.raises(SwarmmailError, match=rf"if {lost} is lost for good: fab .* --to {left} --source-is-dead$"):
+        without_data(Told(at, Unreachable("no route", host=lost)), world, Run.recover)
+    with pytest.raises(SwarmmailError, match=r"when that is mended: fab migrate\.\w+$"):
+        without_data(Told(at, HostError("no route", host=lost)), world, Run.recover)
 
 
 @pytest.mark.parametrize("act", [Run.forward, Run.recover])
