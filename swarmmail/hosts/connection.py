@@ -438,6 +438,8 @@ class Host:
         except docker.errors.APIError as error:
             raise HostError(str(error.explanation or error), host=self.name, step=step) from error
         except (docker.errors.DockerException, requests.RequestException) as error:
+            if isinstance(error.__cause__, Unreachable):  # the SDK opens its connection with a question, by our SSH
+                raise error.__cause__ from None
             raise HostError(
                 f"Docker does not answer ({error})", host=self.name, step=step, hint="run: fab bootstrap"
             ) from error

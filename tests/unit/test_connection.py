@@ -240,6 +240,13 @@ def test_a_docker_that_does_not_answer_says_so_when_it_is_used(server: Server, c
     assert str(failed.value).endswith("-> run: fab bootstrap") or "connection lost" in str(failed.value)
 
 
+def test_a_host_that_is_away_is_not_taken_for_a_docker_that_does_not_answer(server: Server, connect: Connect) -> None:
+    host = connect()
+    server.close()
+    with pytest.raises(Unreachable, match="host1, ssh: "), host.doing("look"):
+        host.docker.version()
+
+
 # ---- root ----
 
 
