@@ -98,9 +98,8 @@ def look_at_swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
     chosen = model.managers(fleet.inventory)
     candidates.sort(key=lambda name: name not in chosen)  # one that is to be demoted could not see that end
     failure: SwarmmailError | None = None
-    known = max((len(facts[name].managers) for name in candidates), default=0)
     hindered = model.hindered(facts)
-    electing = not hindered and len(candidates) <= known < 2 * len(candidates)
+    electing = not hindered and model.will_elect(candidates, facts)
     if hindered and candidates and not any(facts[name].cluster for name in candidates):
         # their Docker has just been asked, and found no leader in 20 s: they miss the others
         failure = HostError(facts[candidates[0]].swarm_error or "no leader", host=candidates[0])

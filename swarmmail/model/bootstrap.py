@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from ipaddress import IPv4Network
@@ -52,6 +52,18 @@ def has_majority(swarm: Swarm, hosts: Mapping[str, HostFacts]) -> bool:
     managers = [node.host for node in swarm.nodes.values() if node.role == "manager"]
     away = hindered(hosts)
     return 2 * len([host for host in managers if host not in away]) > len(managers)
+
+
+def will_elect(active: Sequence[str], hosts: Mapping[str, HostFacts]) -> bool:
+    """Whether enough managers run to elect a leader: ``active`` ones, and those that have just started and call
+    themselves pending. How many there are in all, the active ones know."""
+    known = max((len(hosts[name].managers) for name in active), default=0)
+    told = {address for name in active for address in hosts[name].managers}
+    pending = [
+        name for name, facts in hosts.items() if facts.swarm == "pending" and any(facts.link_of(a) for a in told)
+    ]
+    up = len(active) + len(pending)
+    return up <= known < 2 * up
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from builders import make_facts, make_inventory
+from builders import address, make_facts, make_inventory
 from simulator import Machine, World
 from simulator import run as simulate
 
 from swarmmail.cluster import bootstrap
 from swarmmail.cluster import swarm as swarm_work
+from swarmmail.model import bootstrap as model
 from swarmmail.model import findings
 from swarmmail.model.bootstrap import Observed
 from swarmmail.model.errors import HostError, Refused, SwarmmailError
@@ -286,6 +287,14 @@ def test_an_election_is_waited_for_only_when_enough_managers_run(
     with pytest.raises(bootstrap.NoManager) as seen:
         bootstrap.look_at_swarm(Fleet(), facts)  # type: ignore[arg-type]
     assert isinstance(seen.value, bootstrap.Electing) is electing
+
+
+@pytest.mark.parametrize(("others", "electing"), [((), False), ((2,), True), ((2, 3), True), ((7,), False)])
+def test_a_manager_that_has_just_started_elects_with_the_others(others: tuple[int, ...], electing: bool) -> None:
+    told = tuple(address(number) for number in (1, 2, 3))
+    facts = {"host1": make_facts("host1", swarm="active", is_manager=True, managers=told)}
+    facts |= {f"host{number}": make_facts(f"host{number}", swarm="pending") for number in others}
+    assert model.will_elect(["host1"], facts) is electing
 
 
 class Opening:
