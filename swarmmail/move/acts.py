@@ -25,6 +25,7 @@ from swarmmail.mail.hooks import Hooks
 from swarmmail.model import stack as model
 from swarmmail.model.errors import Deadline, HostError, Refused, SwarmmailError, Unreachable
 from swarmmail.model.move import HELD, STALE, STANDBY, Measured, Move, NotServing, Pass, another_pass, marker, steps
+from swarmmail.model.patience import patient
 from swarmmail.model.placement import LIVE
 from swarmmail.model.stack import Service, StackFile
 from swarmmail.model.swarm import PLACED
@@ -32,9 +33,9 @@ from swarmmail.model.swarm import PLACED
 _SCRIPT = resources.files(__package__).joinpath("host.sh").read_text()
 KEY_HOURS = 24
 COPY_LIMIT = 24 * 3600  # seconds for one pass
-STANDBY_LIMIT = 60  # seconds for a task to be up and waiting
-REVIVE_LIMIT = 30
-ENDED_LIMIT = 30
+STANDBY_LIMIT = patient(60)  # seconds for a task to be up and waiting
+REVIVE_LIMIT = patient(30)
+ENDED_LIMIT = patient(30)
 GRACE = 10  # seconds for the service to end by itself
 BROKEN = frozenset((10, 12, 30, 35, 255))
 """Exit statuses of rsync(1) and ssh(1) that mean the connection: it is made again, and the copy goes on."""
@@ -381,7 +382,7 @@ class HostActs:
         pid = swarm.wait_until(up, bool, STANDBY_LIMIT)
         if not pid:
             raise Deadline(
-                f"{self.move.service} was not up there within {STANDBY_LIMIT} s",
+                f"{self.move.service} was not up there within {STANDBY_LIMIT:g} s",
                 host=self.target.name,
                 step="standby",
                 hint=f"see why: docker service ps --no-trunc {self.stack.name}_{self.move.service}",
@@ -552,7 +553,7 @@ class HostActs:
 
     def after(self) -> None:
         if not swarm.wait_until(self._runs, bool, STANDBY_LIMIT):
-            raise self._not_serving("after", f"has not been well there for {STANDBY_LIMIT} s")
+            raise self._not_serving("after", f"has not been well there for {STANDBY_LIMIT:g} s")
         self.lines += self.hooks.after()
         if not self._followed:  # it failed, or a run that was killed may not have come to it
             try:
