@@ -31,7 +31,8 @@ from swarmmail.model.errors import HostError, Locked, SwarmmailError
 
 T = TypeVar("T")
 ELECTION = 60  # seconds
-NO_LEADER = ("does not have a leader", "lost leader status")
+NO_LEADER = ("does not have a leader", "lost leader status", "context deadline exceeded")
+"""What Docker says while nobody leads, or when the leader falls in the middle (the last: when a host came back)."""
 NAME = "swarmmail-lock"
 FOLDER = "/run/swarmmail-lock"
 

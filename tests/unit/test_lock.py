@@ -39,7 +39,7 @@ class Configs:
     def _elect(self) -> None:
         if self.leaderless:
             self.leaderless -= 1
-            words = lock.NO_LEADER[self.leaderless % 2]
+            words = lock.NO_LEADER[self.leaderless % len(lock.NO_LEADER)]
             raise docker.errors.APIError(f"rpc error: code = Unknown desc = the node {words}")
 
     def create_config(self, name: str, data: bytes) -> None:
@@ -305,10 +305,10 @@ def test_another_error_of_docker_is_not_taken_for_a_held_lock(host: Any, monkeyp
 
 def test_an_election_of_managers_is_waited_for(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tenacity.wait_fixed", lambda seconds: lambda state: 0)
-    host.docker.leaderless = 2
+    host.docker.leaderless = 3
     with lock.held(host, MINE, swarm=True):
         assert lock.NAME in host.docker.kept
-        host.docker.leaderless = 2
+        host.docker.leaderless = 3
     assert host.docker.kept == {}
 
 
