@@ -160,13 +160,14 @@ def release(manager: Host, swarm: bool, token: str | None) -> None:
         manager.docker.remove_config(found)
 
 
-def _patiently(act: Callable[[], T]) -> T:
-    """While managers elect a leader the Swarm answers nothing; all three acts on the lock may be done again, also when
-    the leader fell in the middle of one (moby/swarmkit, raft: ErrLostLeadership) and nobody knows whether it counts."""
+def patiently(act: Callable[[], T], seconds: float = ELECTION, pause: float = 1) -> T:
+    """While managers elect a leader the Swarm answers nothing; ``act`` is one that may be done again, also when the
+    leader fell in the middle of it (moby/swarmkit, raft: ErrLostLeadership) and nobody knows whether it counts. All
+    three acts on the lock are."""
     done: T = tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: any(words in str(error) for words in NO_LEADER)),
-        stop=tenacity.stop_after_delay(ELECTION),
-        wait=tenacity.wait_fixed(1),
+        stop=tenacity.stop_after_delay(seconds),
+        wait=tenacity.wait_fixed(pause),
         reraise=True,
     )(act)
     return done
@@ -180,13 +181,13 @@ def held(manager: Host, task: str, *, swarm: bool) -> Iterator[None]:
         Locked: somebody else holds it; the text says who, since when, and what to do.
     """
     owner = me(task)
-    while not _patiently(lambda: _take(manager, owner, swarm)):
-        other = _patiently(lambda: read(manager, swarm))
+    while not patiently(lambda: _take(manager, owner, swarm)):
+        other = patiently(lambda: read(manager, swarm))
         if other is not None and other.token == owner.token:
             break  # taken by a try whose answer was lost
         if other is not None and is_dead(other):
             report.warning(f"an earlier run ({other.text}) ended without a word; its lock is taken over")
-            _patiently(functools.partial(release, manager, swarm, other.token))
+            patiently(functools.partial(release, manager, swarm, other.token))
             continue
         raise Locked(
             other.text if other else "somebody has just taken the lock",
@@ -200,7 +201,7 @@ def held(manager: Host, task: str, *, swarm: bool) -> Iterator[None]:
         done = True
     finally:
         try:
-            _patiently(lambda: release(manager, swarm, owner.token))
+            patiently(lambda: release(manager, swarm, owner.token))
         except SwarmmailError as error:
             if done:
                 raise

@@ -313,6 +313,14 @@ class Run:
             hints.append(f"if {error.host} is lost for good: {again}")
         return "; ".join(filter(None, hints))
 
+    def _left(self, error: SwarmmailError, state: str, command: str) -> SwarmmailError:
+        return SwarmmailError(
+            f"{error.what}; the move of {self.move.text} is {state}",
+            host=error.host,
+            step=error.step,
+            hint=self._hints(error, error.hint, f"{_MENDED}{command}"),
+        )
+
     def _let_go(self) -> None:
         """What an overtaken run held nobody else may know of; to let it go is harmless where another holds, too."""
         with contextlib.suppress(SwarmmailError):
@@ -341,12 +349,7 @@ class Run:
         except (NotServing, Overtaken):
             raise
         except SwarmmailError as error:
-            raise SwarmmailError(
-                f"{error.what}; the move of {self.move.text} is past its cutover, and not over",
-                host=error.host,
-                step=error.step,
-                hint=self._hints(error, error.hint, f"{_MENDED}resume"),
-            ) from error
+            raise self._left(error, "past its cutover, and not over", "resume") from error
 
     def _finish(self) -> None:
         """A target that has the data and does not serve is tidied up too, so that it can be moved."""
@@ -383,12 +386,7 @@ class Run:
         except Overtaken:
             raise
         except SwarmmailError as error:
-            raise SwarmmailError(
-                f"{error.what}; the move of {self.move.text} is not undone yet",
-                host=error.host,
-                step=error.step,
-                hint=self._hints(error, error.hint, f"{_MENDED}abort"),
-            ) from error
+            raise self._left(error, "not undone yet", "abort") from error
         return False
 
 

@@ -1,4 +1,4 @@
-"""The journal of a move: a Swarm config. Its content is the move; a label, the only part that may change, is the phase.
+"""The journal of a move: a Swarm config. Its content is the move; labels, all that may change, are phase and writer.
 
 Every change names the version it is based on, so of two runs that both believe to be at work only one goes on.
 """
@@ -11,12 +11,11 @@ import secrets
 from typing import Any
 
 import docker.errors
-import tenacity
 
 from swarmmail.cluster import lock
 from swarmmail.hosts.connection import Host
 from swarmmail.hosts.dockerapi import update
-from swarmmail.model.errors import HostError, Locked, Refused
+from swarmmail.model.errors import Locked, Refused
 from swarmmail.model.move import JOURNAL as NAME
 from swarmmail.model.move import Move, Overtaken, Phase, decode
 
@@ -74,7 +73,7 @@ class Journal:
                     raise _overtaken(phase)  # somebody else wrote, before our word or right after it
                 return raw
 
-        self._raw = _patiently(write)
+        self._raw = lock.patiently(write, PATIENCE, pause=0.5)
 
     def remove(self) -> None:
         with self.manager.doing("remove the journal"), contextlib.suppress(docker.errors.NotFound):
@@ -96,7 +95,7 @@ def read(manager: Host) -> Journal | None:
         with manager.doing("read the journal"):
             return [c for c in manager.docker.configs(filters={"name": NAME}) if c["Spec"]["Name"] == NAME]
 
-    found = _patiently(look)
+    found = lock.patiently(look, PATIENCE, pause=0.5)
     return Journal(manager, found[0]) if found else None
 
 
@@ -113,14 +112,3 @@ def begin(manager: Host, move: Move, phase: Phase = Phase.COPY) -> Journal:
     if journal is None or journal.move.id != move.id:
         raise Locked("another move has just begun", step="migrate", hint="see: fab migrate.status")
     return journal
-
-
-def _patiently(act: Any) -> Any:
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(
-            lambda error: isinstance(error, HostError) and any(words in error.what for words in lock.NO_LEADER)
-        ),
-        stop=tenacity.stop_after_delay(PATIENCE),
-        wait=tenacity.wait_fixed(0.5),
-        reraise=True,
-    )(act)

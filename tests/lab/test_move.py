@@ -12,6 +12,7 @@ import random
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 from conftest import HOSTS, MAIL, STACK, Project, eventually
@@ -653,6 +654,19 @@ def is_down(project: Project, host: str) -> bool:
     return bool(node["Status"]["State"] == "down")
 
 
+@contextmanager
+def lost_host(project: Project, host: str) -> Iterator[None]:
+    """For a while there is no such host, and the Swarm has seen it; afterwards the cluster is whole again."""
+    project.stop(host)
+    try:
+        eventually(lambda: is_down(project, host), 60, "the Swarm sees it")
+        yield
+    finally:
+        project.up(3)
+    # a manager that comes back may cause an election
+    eventually(lambda: project.bootstrap(MAIL, timeout=240).status == 0, 120, "the cluster is whole again")
+
+
 def test_a_lost_source(mailing: Project) -> None:
     """The host of the MDA is gone. With a yes an older copy lives, and the lost one never again."""
     source = place(mailing)
@@ -660,18 +674,12 @@ def test_a_lost_source(mailing: Project) -> None:
     migrate(mailing, target, check=0)  # so that there is a copy on `source`, of this moment
     words = ("migrate", "--service", "mda", "--to", source, "--source-is-dead", "--no-verify", "--inventory", MAIL)
     mailing.fab(*words).error("check", "it is not dead, and its data is newer")
-    mailing.stop(target)
-    try:
-        eventually(lambda: is_down(mailing, target), 60, "the Swarm sees it")
+    with lost_host(mailing, target):
         mailing.fab(*words).error("check", r"the copy on \w+ is of \d{4}-\d\d-\d\d .* is lost")
         result = mailing.fab(*words, "--yes", check=0, timeout=240)
         assert f"migrate: mda is on {source}" in result.stdout
         token = send(mailing, USERS[0])
         arrives(mailing, USERS[0], PASSWORD, token)
-    finally:
-        mailing.up(3)
-    # a manager that comes back may cause an election
-    eventually(lambda: mailing.bootstrap(MAIL, timeout=240).status == 0, 120, "the cluster is whole again")
     time.sleep(3)
     assert not container(mailing, target, "mail_mda") and labelled(mailing) == [source]
     assert f"removed {target}: volume mail_mail" in mailing.fab("migrate.purge", "--inventory", MAIL, check=0).stdout
@@ -690,10 +698,8 @@ def test_a_host_that_is_lost_in_the_middle_of_a_move(mailing: Project, step: str
     process.kill()
     mailing.finish(process)
     assert has_begun(mailing)
-    mailing.stop(lost)
     words = ("migrate", "--service", "mda", "--to", left, "--source-is-dead", "--no-verify", "--inventory", MAIL)
-    try:
-        eventually(lambda: is_down(mailing, lost), 60, "the Swarm sees it")
+    with lost_host(mailing, lost):
         resumed = mailing.fab("migrate.resume", "--inventory", MAIL, timeout=240)
         assert resumed.status == 1, str(resumed)
         again = f"if {lost} is lost for good: fab migrate --service mda --to {left} --source-is-dead"
@@ -704,9 +710,6 @@ def test_a_host_that_is_lost_in_the_middle_of_a_move(mailing: Project, step: str
         assert f"migrate: mda is on {left}" in result.stdout, str(result)
         token = send(mailing, USERS[0])
         arrives(mailing, USERS[0], PASSWORD, token)
-    finally:
-        mailing.up(3)
-    eventually(lambda: mailing.bootstrap(MAIL, timeout=240).status == 0, 120, "the cluster is whole again")
     time.sleep(3)
     assert not container(mailing, lost, "mail_mda") and labelled(mailing) == [left]
     mailing.fab("migrate.purge", "--inventory", MAIL, check=0)
@@ -720,19 +723,14 @@ def test_a_lost_mta(mailing: Project) -> None:
     if place(mailing) == "host2":
         migrate(mailing, "host3", check=0)
     migrate(mailing, "host2", service="mta", check=0)
-    mailing.stop("host2")
     words = ("--service", "mta", "--to", "host1", "--source-is-dead", "--yes", "--no-verify", "--inventory", MAIL)
-    try:
-        eventually(lambda: is_down(mailing, "host2"), 60, "the Swarm sees it")
+    with lost_host(mailing, "host2"):
         result = mailing.fab("migrate", *words, check=0, timeout=240)
         assert "migrate: mta is on host1" in result.stdout
         ways = (("host1", "host2"), ("host2", "host1"))
         assert told(mailing) == [call(mailing, "mta", *way, "220") for way in ways]
         token = send(mailing, USERS[0])
         arrives(mailing, USERS[0], PASSWORD, token)
-    finally:
-        mailing.up(3)
-    eventually(lambda: mailing.bootstrap(MAIL, timeout=240).status == 0, 120, "the cluster is whole again")
     assert not container(mailing, "host2", "mail_mta") and labelled(mailing, "swarmmail.mta") == ["host1"]
     assert "removed host2: volume mail_queue" in mailing.fab("migrate.purge", "--inventory", MAIL, check=0).stdout
     healed(mailing)
