@@ -63,6 +63,15 @@ need_docker() {
     fi
 }
 
+# Four labs at once have more hosts than a stock kernel has room for.
+need_room() {
+    file=/proc/sys/fs/inotify/max_user_instances
+    [ "$(cat $file)" -lt 512 ] || return 0
+    [ "$(id -u)" = 0 ] || { say "run: sudo sysctl -w fs.inotify.max_user_instances=1024"; exit 1; }
+    say "fs.inotify.max_user_instances: $(cat $file), now 1024"
+    echo 1024 >$file
+}
+
 docker_answers() { python3 - <<'EOF' 2>/dev/null
 import socket
 with socket.socket(socket.AF_UNIX) as s:

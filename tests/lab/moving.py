@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import docker.errors
 from conftest import DRIVER, HOSTS, MAIL, STACK, Project, Result, eventually, temporary
 from mailing import account, container, volume
 
@@ -375,3 +376,57 @@ def finish(project: Project, target: str, how: str, service: str = "mda") -> Non
             assert re.search("moving back is a move", end.errors[-1]), str(end)
             end = project.fab("migrate.resume", "--inventory", MAIL, NO_PROOF, timeout=300)
     assert end.status == 0, f"{how}: {end}"
+
+
+# ---- a host that is lost ----
+
+
+def is_down(project: Project, host: str) -> bool:
+    """As the Swarm sees it; a manager that elects a leader with the others answers later."""
+    try:
+        [node] = [n for n in project.host("host1").docker.nodes() if n["Spec"]["Labels"]["swarmmail.host"] == host]
+    except docker.errors.APIError:
+        return False
+    return bool(node["Status"]["State"] == "down")
+
+
+@contextlib.contextmanager
+def lost_host(project: Project, host: str) -> Iterator[None]:
+    """For a while there is no such host, and the Swarm has seen it; afterwards the cluster is whole again."""
+    project.stop(host)
+    try:
+        eventually(lambda: is_down(project, host), 60, "the Swarm sees it")
+        yield
+    finally:
+        project.up(3)
+    # a manager that comes back may cause an election
+    eventually(lambda: project.bootstrap(MAIL, timeout=240).status == 0, 120, "the cluster is whole again")
+
+
+# ---- the public address ----
+
+HOOK = r"""#!/bin/bash
+# It writes down what it is told, and what the service says to those who come to the new address by now.
+case $1 in mta) port=25 ;; edge) port=143 ;; esac
+exec 3<>"/dev/tcp/$5/$port" && read -r -t 10 line <&3
+echo "$* ${line%% *}" >>"${0%/*}/told"
+"""
+
+
+def with_hook(project: Project, script: str = HOOK) -> None:
+    """The inventory of these tests names a program that lets the public address follow."""
+    folder = project.root / "address"
+    folder.mkdir(exist_ok=True)
+    (folder / "told").unlink(missing_ok=True)
+    (folder / "hook").write_text(script)
+    (folder / "hook").chmod(0o755)
+    project.inventory(MAIL, stack={**STACK, "address_hook": "../address/hook"})
+
+
+def told(project: Project) -> list[str]:
+    path = project.root / "address" / "told"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def call(project: Project, role: str, source: str, target: str, said: str) -> str:
+    return f"{role} {source} {target} {project.address(source)} {project.address(target)} {said}"
