@@ -315,8 +315,11 @@ class Host:
             ):
                 raise Deadline(f"no answer within {timeout:g} s", host=self.name, step=step)
             status = channel.recv_exit_status()
-        if status == -1:
-            raise HostError("connection lost while the command ran", host=self.name, step=step)
+        if status == -1:  # none came: a signal ended the command (RFC 4254, 6.10), or there is no connection any more
+            transport = channel.get_transport()
+            transport.join(0.5)  # it closes its channels first, then ends
+            what = "the command was killed there" if transport.is_alive() else "connection lost while the command ran"
+            raise HostError(what, host=self.name, step=step)
         out, err = (b"".join(streams[name]).decode("utf-8", "replace") for name in ("out", "err"))
         return Result(status, out, err)
 

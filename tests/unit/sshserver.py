@@ -165,10 +165,9 @@ class Server:
             process.wait()
         for thread in pumps:
             thread.join(20)
-        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
-            # killed by a signal: as a shell says it
-            status = process.returncode
-            channel.send_exit_status(status if status >= 0 else 128 - status)
+        if process.returncode >= 0:  # of one that a signal ended, sshd tells no status
+            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+                channel.send_exit_status(process.returncode)
 
     def _docker(self, channel: Any) -> None:
         """A Docker that knows its version."""

@@ -183,6 +183,14 @@ def test_a_connection_lost_while_a_command_runs(server: Server, connect: Connect
     assert host.run("echo again").stdout == "again\n", "the next command connects anew"
 
 
+def test_a_command_that_is_killed_is_no_lost_connection(server: Server, connect: Connect) -> None:
+    host = connect()
+    with pytest.raises(HostError, match=r"^host1, wait: the command was killed there$"):
+        host._exec("kill -9 $$", b"", "wait", 5)
+    assert host.run("echo again").stdout == "again\n"
+    assert server.connections == 1
+
+
 def test_a_host_that_runs_no_commands_is_named(server: Server, connect: Connect) -> None:
     host = connect()
     host.open()
