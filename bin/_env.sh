@@ -63,7 +63,7 @@ need_docker() {
     fi
 }
 
-# Four labs at once have more hosts than a stock kernel has room for.
+# Three labs at once have more hosts than a stock kernel has room for.
 need_room() {
     file=/proc/sys/fs/inotify/max_user_instances
     [ "$(cat $file)" -lt 512 ] || return 0

@@ -28,9 +28,10 @@ import tenacity
 from swarmmail import report
 from swarmmail.hosts.connection import Host
 from swarmmail.model.errors import HostError, Locked, SwarmmailError
+from swarmmail.model.patience import patient
 
 T = TypeVar("T")
-ELECTION = 60  # seconds
+ELECTION = patient(60)  # seconds that managers may take to elect a leader: seen to be 30
 NO_LEADER = ("does not have a leader", "lost leader status", "context deadline exceeded")
 """What Docker says while nobody leads, or when the leader falls in the middle (the last: when a host came back)."""
 NAME = "swarmmail-lock"
@@ -160,14 +161,14 @@ def release(manager: Host, swarm: bool, token: str | None) -> None:
         manager.docker.remove_config(found)
 
 
-def patiently(act: Callable[[], T], seconds: float = ELECTION, pause: float = 1) -> T:
+def patiently(act: Callable[[], T]) -> T:
     """While managers elect a leader the Swarm answers nothing; ``act`` is one that may be done again, also when the
     leader fell in the middle of it (moby/swarmkit, raft: ErrLostLeadership) and nobody knows whether it counts. All
     three acts on the lock are."""
     done: T = tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: any(words in str(error) for words in NO_LEADER)),
-        stop=tenacity.stop_after_delay(seconds),
-        wait=tenacity.wait_fixed(pause),
+        stop=tenacity.stop_after_delay(ELECTION),
+        wait=tenacity.wait_fixed(0.5),
         reraise=True,
     )(act)
     return done

@@ -151,14 +151,25 @@ def leave(host: Host) -> None:
 
 
 def _overtaken(error: BaseException) -> bool:
-    """The node was changed since it was read. If that made it a manager, writing the old role back looks like a
-    demotion, and it is refused as one before the version is looked at (swarmkit, controlapi/node.go)."""
+    """What is written was changed since it was read. If that made a node a manager, writing the old role back looks
+    like a demotion, and it is refused as one before the version is looked at (swarmkit, controlapi/node.go)."""
     return "out of sequence" in str(error) or "can't find manager in raft memberlist" in str(error)
 
 
+def unless_overtaken(act: Callable[[], T]) -> T:
+    """Docker refuses a write whose version is old ("update out of sequence"): then ``act`` reads and writes again. It
+    must be idempotent. The Swarm itself writes, too: how an update of a service goes is a part of the service."""
+    done: T = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_overtaken),
+        stop=tenacity.stop_after_delay(10),
+        wait=tenacity.wait_random(0, 0.2),
+        reraise=True,
+    )(act)
+    return done
+
+
 def change_node(manager: Host, node: str, change: Callable[[dict[str, Any]], None], step: str) -> None:
-    """Change a node's spec by reading it whole, changing it and writing it back. Docker refuses a write
-    whose version is old ("update out of sequence"): then read again. The change must be idempotent."""
+    """Change a node's spec by reading it whole, changing it and writing it back. The change must be idempotent."""
     api = manager.docker
 
     def once() -> None:
@@ -171,12 +182,7 @@ def change_node(manager: Host, node: str, change: Callable[[dict[str, Any]], Non
             api.update_node(node, raw["Version"]["Index"], spec)
 
     with manager.doing(step):
-        tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_overtaken),
-            stop=tenacity.stop_after_delay(10),
-            wait=tenacity.wait_random(0, 0.2),
-            reraise=True,
-        )(once)
+        unless_overtaken(once)
 
 
 def set_role(manager: Host, node: str, role: str) -> None:

@@ -420,11 +420,13 @@ def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
         # only what differs: Docker would write every service of the file anew, changed or not
         document = {**plan.rendered, "services": {name: plan.rendered["services"][name] for name in plan.services}}
         report.progress(f"docker stack deploy {stack.name}", plan.seen.manager.name)
-        plan.seen.manager.run(
-            f"{_settings(fleet)} docker stack deploy --detach=true --resolve-image never -c - {stack.name}",
-            stdin=json.dumps(document),
-            step="docker stack deploy",
-            timeout=120,
+        swarm.unless_overtaken(
+            lambda: plan.seen.manager.run(
+                f"{_settings(fleet)} docker stack deploy --detach=true --resolve-image never -c - {stack.name}",
+                stdin=json.dumps(document),
+                step="docker stack deploy",
+                timeout=120,
+            )
         )
     _wait(fleet, stack, plan, before)
     _prune(plan)

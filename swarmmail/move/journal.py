@@ -22,7 +22,6 @@ from swarmmail.model.move import Move, Overtaken, Phase, decode
 PHASE_LABEL = "swarmmail.phase"
 WRITER_LABEL = "swarmmail.writer"
 """Which run wrote the phase: one whose answer was lost in an election knows its own word again."""
-PATIENCE = 30  # seconds for which a manager that does not answer is asked again: an election takes less
 
 
 class Journal:
@@ -73,7 +72,7 @@ class Journal:
                     raise _overtaken(phase)  # somebody else wrote, before our word or right after it
                 return raw
 
-        self._raw = lock.patiently(write, PATIENCE, pause=0.5)
+        self._raw = lock.patiently(write)
 
     def remove(self) -> None:
         with self.manager.doing("remove the journal"), contextlib.suppress(docker.errors.NotFound):
@@ -95,7 +94,7 @@ def read(manager: Host) -> Journal | None:
         with manager.doing("read the journal"):
             return [c for c in manager.docker.configs(filters={"name": NAME}) if c["Spec"]["Name"] == NAME]
 
-    found = lock.patiently(look, PATIENCE, pause=0.5)
+    found = lock.patiently(look)
     return Journal(manager, found[0]) if found else None
 
 

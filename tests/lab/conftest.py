@@ -59,12 +59,14 @@ import docker
 import pytest
 
 from swarmmail import lab as labs
+from swarmmail.cluster import images
 from swarmmail.hosts.connection import Host
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.lab import image, vmimage
 from swarmmail.lab.driver import Driver
 from swarmmail.lab.naming import Naming
 from swarmmail.model import inventory as model
+from swarmmail.model import stack as stacks
 from swarmmail.model.errors import SwarmmailError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -464,6 +466,16 @@ def _clearly() -> Iterator[None]:
         pytest.fail(f"the lab tests need Docker on this machine: {error}", pytrace=False)
 
 
+def _build_stack() -> None:
+    """Once: labs that build the same at the same time make different layers of it, and a host is then sent all of
+    what it has already."""
+    inventory = model.load(REPO / "inventories" / "example.yml")
+    where = images.builder(Fleet(inventory), "local")
+    for service in stacks.read(inventory).services.values():
+        if service.build is not None:
+            images.build(where, service.build, service.image)
+
+
 @pytest.fixture(scope="session")
 def place() -> Iterator[Path]:
     """A folder whose name the next session finds again: a lab's names derive from its folder, so what a killed
@@ -491,6 +503,7 @@ def place() -> Iterator[Path]:
         with (base / "image").open("w") as one, _clearly():  # sessions that begin at once: one of them makes it
             fcntl.flock(one, fcntl.LOCK_EX)
             image.ensure(docker.from_env(), "host")
+            _build_stack()
         yield mine
         for left in sorted(mine.iterdir()):
             Project(left).remove()

@@ -1,6 +1,6 @@
 """``deploy`` when something is wrong: bad input, a port in use, images that cannot start, volumes that are not what
 they should be, runs that are killed, two operators. Each ends in one clear line and a stack that a later deploy
-completes. ``SWARMMAIL_KILLS`` runs (default 8) are killed."""
+completes. ``SWARMMAIL_KILLS`` runs (default 5) are killed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from swarmmail.cluster import lock
 
 pytestmark = pytest.mark.lab
 
-KILLS = int(os.environ.get("SWARMMAIL_KILLS", "8"))
+KILLS = int(os.environ.get("SWARMMAIL_KILLS", "5"))
 
 
 def sentence(result: Result, *parts: str) -> None:

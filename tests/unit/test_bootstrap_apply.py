@@ -379,3 +379,24 @@ def test_a_new_node_takes_over_what_the_old_one_held(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(swarm_work, "forget", lambda *words: calls.append(words))
     bootstrap._forget(Fleet("mw"), design, plan.of(Action.FORGET), {"host2": "new"})  # type: ignore[arg-type]
     assert calls == [("host1", "new", "swarmmail.mda", "true"), ("host1", "old")]
+
+
+def test_a_write_that_the_swarm_overtook_is_done_again() -> None:
+    """`docker stack deploy` beside an update that the Swarm is about to end: "update out of sequence"."""
+    tries: list[str] = []
+
+    def write() -> str:
+        tries.append("")
+        if len(tries) < 3:
+            raise HostError("failed to update service mail_mta: update out of sequence", host="host1", step="deploy")
+        return "written"
+
+    assert swarm_work.unless_overtaken(write) == "written" and len(tries) == 3
+
+    def wrong() -> str:
+        tries.append("")
+        raise HostError("network not found", host="host1", step="deploy")
+
+    with pytest.raises(HostError, match="network not found"):
+        swarm_work.unless_overtaken(wrong)
+    assert len(tries) == 4
