@@ -46,9 +46,9 @@ def ensure(client: Any, variant: Variant) -> str:
     """Tag of the image, built now if the machine does not have it (about 20 s; the base image about 12 s)."""
     files = recipe()
     name = tag(files, variant)
+    if not _has(client, BASE):  # the images of the stack are made of it, too
+        _get_base(client)
     if not _has(client, name):
-        if not _has(client, BASE):
-            _get_base(client)
         report.progress(f"building {name}")
         _build(client, files, name, variant)
     return name
