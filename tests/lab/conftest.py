@@ -200,6 +200,7 @@ class Project:
         text = stack.read_text()
         for old, new in (
             ("start_interval: 500ms", "start_interval: 5s"),
+            (" interval: 30s", " interval: 300s"),
             ("start_period: 60s", "start_period: 600s"),
             ("timeout: 10s", "timeout: 120s"),
         ):
@@ -563,8 +564,7 @@ def clustered(lab: Project) -> Project:
     return lab
 
 
-@pytest.fixture
-def deployed(lab: Project) -> Project:
+def deploy_all(lab: Project) -> Project:
     lab.inventory(MAIL, stack=STACK)
     both = functools.partial(
         lab.fab, "bootstrap", "--no-check", "deploy", "--no-verify", env={"SWARMMAIL_INVENTORY": MAIL}, timeout=300
@@ -573,6 +573,11 @@ def deployed(lab: Project) -> Project:
         lab.reset()
         both(check=0)
     return lab
+
+
+@pytest.fixture
+def deployed(lab: Project) -> Project:
+    return deploy_all(lab)
 
 
 @pytest.fixture

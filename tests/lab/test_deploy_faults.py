@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from conftest import HOSTS, MAIL, STACK, Project, Result, eventually
+from conftest import HOSTS, MAIL, STACK, Project, Result, deploy_all, eventually
 from mailing import (
     DONE,
     Edit,
@@ -64,6 +64,12 @@ MDA_VOLUMES = "    volumes:\n      - mail:/srv/mail\n"
 
 def _without(key: str) -> dict[str, Any]:
     return {name: value for name, value in STACK["placement"].items() if name != key}
+
+
+@pytest.fixture(scope="module")
+def standing(_hosts: Project) -> Project:
+    """``deployed`` once for all tests that touch nothing."""
+    return deploy_all(_hosts)
 
 
 @pytest.mark.parametrize(
@@ -138,20 +144,20 @@ def _without(key: str) -> dict[str, Any]:
     ],
 )
 def test_bad_input_is_one_line_and_touches_nothing(
-    deployed: Project, edit: Edit | None, section: dict[str, Any], parts: list[str]
+    standing: Project, edit: Edit | None, section: dict[str, Any], parts: list[str]
 ) -> None:
     edits = {"stack.yml": edit} if edit else None
-    name = variant(deployed, "bad", edits, **section)
-    before = versions(deployed), running(deployed)
-    sentence(deploy(deployed, inventory=name), *parts)
-    assert (versions(deployed), running(deployed)) == before
+    name = variant(standing, "bad", edits, **section)
+    before = versions(standing), running(standing)
+    sentence(deploy(standing, inventory=name), *parts)
+    assert (versions(standing), running(standing)) == before
 
 
-def test_every_problem_of_a_file_is_said_at_once(deployed: Project) -> None:
+def test_every_problem_of_a_file_is_said_at_once(standing: Project) -> None:
     def edit(text: str) -> str:
         return text.replace("mode: host", "mode: ingress").replace("    image: swarmmail/mda\n", "")
 
-    result = deploy(deployed, inventory=variant(deployed, "bad", {"stack.yml": edit}, placement={"mta": "host1"}))
+    result = deploy(standing, inventory=variant(standing, "bad", {"stack.yml": edit}, placement={"mta": "host1"}))
     assert result.status == 1
     assert len(result.errors) == 3 + 1, str(result)  # three ports, one image
 
