@@ -69,7 +69,7 @@ _observe_patiently = tenacity.Retrying(
     reraise=True,
 )
 
-_after_the_election = _observe_patiently.copy(retry=tenacity.retry_if_exception_type(Electing))
+after_the_election = _observe_patiently.copy(retry=tenacity.retry_if_exception_type(Electing))
 
 
 def _refresh(fleet: Fleet, before: Observed) -> Observed:
@@ -160,7 +160,7 @@ def run(fleet: Fleet, preflight: bool = True) -> bool:
         SwarmmailError: any step failed, or the end state is not what the inventory wants.
     """
     inventory, changed = fleet.inventory, False
-    observed = _after_the_election(lambda: observe(fleet))
+    observed = after_the_election(lambda: observe(fleet))
     for _ in range(ROUNDS):
         design, plan = decide(inventory, observed)
         if plan.is_empty and not plan.is_done:

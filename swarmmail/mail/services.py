@@ -47,12 +47,13 @@ class Seen:
 
 
 def observe(fleet: Fleet, observed: Observed | None = None) -> Seen:
-    """Everything that deploy and status want to know.
+    """Everything that deploy and status want to know. An election is waited for.
 
     Raises:
         Refused: there is no Swarm of ours.
     """
-    observed = bootstrap.observe(fleet, strict=False) if observed is None else observed
+    if observed is None:
+        observed = bootstrap.after_the_election(lambda: bootstrap.observe(fleet, strict=False))
     swarm = observed.swarm
     silent = {name: facts.unreachable for name, facts in observed.hosts.items() if facts.unreachable}
     if swarm is None and silent:

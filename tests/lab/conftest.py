@@ -200,7 +200,6 @@ class Project:
         text = stack.read_text()
         for old, new in (
             ("start_interval: 500ms", "start_interval: 5s"),
-            (" interval: 30s", " interval: 300s"),
             ("start_period: 60s", "start_period: 600s"),
             ("timeout: 10s", "timeout: 120s"),
         ):

@@ -66,6 +66,12 @@ def variant(project: Project, name: str, edits: Mapping[str, Edit] | None = None
     return project.inventory(name, stack={**STACK, "path": f"../stacks/{name}", **stack})
 
 
+def forget(project: Project, service: str) -> None:
+    """Its data was somewhere, says a label that outlives it; not any more."""
+    each = f"docker node update --label-rm swarmmail.{service} $n"
+    project.sh("host1", f"for n in $(docker node ls -q); do {each}; done", check=False)
+
+
 def replaced(old: str, new: str) -> Edit:
     def edit(text: str) -> str:
         assert text.count(old) == 1, f"{old!r} is {text.count(old)} times there"

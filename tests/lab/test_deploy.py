@@ -13,6 +13,7 @@ from mailing import (
     accounts,
     container,
     deploy,
+    forget,
     healed,
     marker,
     running,
@@ -213,6 +214,7 @@ def test_a_service_that_left_the_file_is_removed_and_its_volume_stays(deployed: 
     assert running(deployed) == before
     eventually(lambda: not deployed.sh("host2", "docker ps -aq"), 20, "its container has ended")
     deployed.sh("host2", "docker volume rm mail_extra")
+    forget(deployed, "extra")
     healed(deployed)
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from conftest import HOSTS, MAIL, STACK, Project, eventually
-from mailing import PASSWORD, arrives, container, deploy, healed, marker, queue, send, variant, volume
+from mailing import PASSWORD, arrives, container, deploy, forget, healed, marker, queue, send, variant, volume
 from moving import NO_PROOF, READER, USERS, call, clean, has_begun, migrate, other, place, told, with_hook
 from stream import Clients, Stream, Watch, lmtp_probe, longest
 
@@ -263,8 +263,4 @@ def test_any_service_with_volumes_moves(mailing: Project) -> None:
             mailing.sh(
                 host, "docker rm -f swarmmail-holder-mail-extra; docker volume rm -f mail_extra mail_more", check=False
             )
-        mailing.sh(
-            "host1",
-            "for n in $(docker node ls -q); do docker node update --label-rm swarmmail.extra $n; done",
-            check=False,
-        )
+        forget(mailing, "extra")
