@@ -7,7 +7,9 @@ Fixtures
                   container, volume or network. About 1.3 s, and nothing when they are clean already.
     ``clustered`` ``lab`` after a ``fab bootstrap`` of ``CLUSTER`` (0.6 s when there is nothing to do).
     ``deployed``  ``lab`` after a ``fab bootstrap deploy`` of ``MAIL``, the same hosts with the mail stack (1.2 s).
+    ``mailing``   ``deployed`` with the accounts of the tests of moves.
     ``empty``     ``clustered``, with an inventory ``MAIL`` and nothing of its stack.
+    ``back_to_the_beginning``  for a file whose tests move services: the hosts are clean after it.
     ``fab``       ``project.fab``.
     ``make_project``  for a test that needs other hosts: ``make_project("name")`` is a project whose lab is removed
                   at the end of the test; ``with temporary(place, "name") as project`` is the same for a fixture of
@@ -80,6 +82,8 @@ ENCRYPTION = os.environ.get("SWARMMAIL_ENCRYPTION", "auto")
 SLOW = 10 if DRIVER == "vm" else 1
 """How many times as long to wait for a command before it counts as hanging."""
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # each with a lab, on one machine
+PATIENCE = 4 if DRIVER == "vm" else 1 if _WORKERS == 1 else 2
+"""``SWARMMAIL_PATIENCE`` of the commands: how many times as long their own deadlines are."""
 CLUSTER = "cluster"
 """Name of the inventory that ``clustered`` uses: three managers, no stack."""
 MAIL = "mail"
@@ -220,8 +224,7 @@ class Project:
         disk of virtual hosts takes a minute to make."""
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "DOCKER_HOST", "TMPDIR")}
         own = {"HOME": str(self.root / "home"), "XDG_CACHE_HOME": str(vmimage.cache(os.environ).parents[1])}
-        patience = 4 if DRIVER == "vm" else 1 if _WORKERS == 1 else 2
-        return {**kept, **own, "SWARMMAIL_PATIENCE": str(patience), "PYTHONPATH": str(REPO), **(env or {})}
+        return {**kept, **own, "SWARMMAIL_PATIENCE": str(PATIENCE), "PYTHONPATH": str(REPO), **(env or {})}
 
     def start(self, *words: str, env: Mapping[str, str] | None = None, stdin: str = "") -> subprocess.Popen[str]:
         with tempfile.TemporaryFile("w+") as given:
@@ -424,9 +427,8 @@ def eventually(good: Callable[[], Any], seconds: float, what: str = "") -> float
     began = time.monotonic()
     while not good():
         assert time.monotonic() - began < SLOW * seconds, f"not within {seconds:g} s: {what or good}"
-        time.sleep(
-            min(0.05 + (time.monotonic() - began) / 10, 0.5)
-        )  # looking is not for nothing where labs share cores
+        # less and less often: labs share the machine, and looking is not free
+        time.sleep(min(0.05 + (time.monotonic() - began) / 10, 0.5))
     return time.monotonic() - began
 
 

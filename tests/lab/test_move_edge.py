@@ -6,7 +6,7 @@ import imaplib
 import re
 
 import pytest
-from conftest import HOSTS, MAIL, Project, eventually
+from conftest import HOSTS, MAIL, PATIENCE, Project, eventually
 from mailing import PASSWORD, arrives, container, deploy, healed, replaced, send, trusting, variant, versions
 from moving import USERS, call, clean, finish, has_begun, labelled, migrate, other, place, told, with_hook
 from stream import Probe
@@ -141,7 +141,8 @@ def test_an_edge_that_does_not_come_up_there_stays_where_it_is(mailing: Project)
     mailing.sh("host2", f'systemd-run -q --unit taken python3 -c "{program}"')
     try:
         result = migrate(mailing, "host2", service="edge")
-        result.error(r"host2, standby: edge was not up there within \d+ s; it stays on host1", "docker service ps")
+        waited = f"edge was not up there within {60 * PATIENCE} s"
+        result.error(f"host2, standby: {waited}; it stays on host1", "docker service ps")
         assert edge(mailing) == ["host1"] and container(mailing, "host1", "mail_edge") == was
         mailing.sh("host1", f"docker node update --availability drain {node}")
         migrate(mailing, "host2", service="edge").error("host2 is ready and drain in the Swarm")

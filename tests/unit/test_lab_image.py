@@ -1,3 +1,5 @@
+import pytest
+
 from swarmmail.lab import image
 from swarmmail.lab.containers import memory_in_use
 
@@ -21,6 +23,16 @@ def test_another_recipe_is_another_image() -> None:
     assert one not in [image.tag(other, "host") for other in others]
     assert one != image.tag({"a": b"1", "b": b"2"}, "bare")
     assert not one.endswith(":latest")
+
+
+def test_a_base_that_was_pruned_is_made_again_though_the_hosts_image_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images of the stack are made of it."""
+    made: list[str] = []
+    monkeypatch.setattr(image, "_has", lambda client, name: name != image.BASE)
+    monkeypatch.setattr(image, "_get_base", lambda client: made.append(image.BASE))
+    monkeypatch.setattr(image, "_build", lambda *words: made.append("host"))
+    image.ensure(None, "host")
+    assert made == [image.BASE]
 
 
 def test_memory_is_counted_without_cache() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from builders import make_facts, make_inventory
 
+from swarmmail.cluster import bootstrap
 from swarmmail.mail import services
 from swarmmail.model.bootstrap import Observed
 from swarmmail.model.errors import HostError, Refused
@@ -42,6 +43,23 @@ def test_without_a_swarm_a_stopped_docker_is_named_with_what_to_do() -> None:
     observed = Observed({"host1": STOPPED, "host2": make_facts("host2")})
     with pytest.raises(HostError, match="host1, read the Swarm: Docker does not answer -> run: fab bootstrap"):
         services.observe(Fleet(), observed)  # type: ignore[arg-type]
+
+
+def test_an_election_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A move right after a lost host had come back met one, and gave up."""
+    looks: list[bool] = []
+
+    def look(fleet: Fleet, strict: bool) -> Observed:
+        looks.append(strict)
+        if len(looks) < 3:
+            raise bootstrap.Electing("no manager answers for the Swarm", host="host1")
+        return Observed({"host1": make_facts("host1")})
+
+    monkeypatch.setattr(bootstrap, "observe", look)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    with pytest.raises(Refused, match="there is no Swarm of cluster"):
+        services.observe(Fleet())  # type: ignore[arg-type]
+    assert looks == [False] * 3
 
 
 def test_hosts_without_docker_are_in_no_swarm_yet() -> None:
