@@ -42,7 +42,8 @@ _LAB, _HOST, _VARIANT, _ADDRESS, _TOPOLOGY = (
 _BOOT = 90  # seconds until SSH must answer: 1 to 2 s usually, more on a busy machine with many hosts
 _DOCKER = 90  # seconds for the host's Docker, counted from SSH's answer
 _ROUTER = 20  # seconds until the router translates: 0.3 s usually
-_REMOVAL = 15  # seconds for Docker to finish removals that are under way
+_REMOVAL = 15  # seconds for Docker to finish removals that are under way, without any progress of ours
+_LATE = 1  # second: what a killed `lab.up` had asked Docker for appears after its end, and is looked for once more
 # Instances of inotify: counted 7 a host (systemd 5, dbus-daemon, containerd), one for a wireguard-go; and
 # what the machine itself uses.
 _INOTIFY, _INOTIFY_REST = 8, 16
@@ -493,29 +494,53 @@ class ContainerDriver:
             self.client.api.kill(self.naming.container(host))
 
     def remove(self, images: bool = False) -> list[str]:
-        label = {"label": f"{_LAB}={self.naming.id}"}
-        api = self.client.api
-        removed = []
-
-        def kill(container: dict[str, Any]) -> str:
-            _gone(partial(api.remove_container, container["Id"], force=True, v=True))
-            return f"container {container['Names'][0].lstrip('/')}"
-
+        removed: list[str] = []
+        volumes: set[str] = set()
+        progress = time.monotonic()
         try:
-            removed += _parallel(kill, api.containers(all=True, filters=label))
-            for volume in api.volumes(filters=label)["Volumes"] or []:
-                _gone(partial(api.remove_volume, volume["Name"]))
-                removed.append(f"volume {volume['Name']}")
-            for network in api.networks(filters=label):
-                for guest in api.inspect_network(network["Id"]).get("Containers") or {}:
-                    _gone(partial(api.disconnect_container_from_network, guest, network["Id"], force=True))
-                _gone(partial(api.remove_network, network["Id"]))
-                removed.append(f"network {network['Name']}")
+            while True:
+                before = len(removed)
+                try:
+                    self._remove_all(removed, volumes)
+                    if len(removed) == before:
+                        break
+                except APIError as error:  # perhaps in use by what is only coming: looked for in the next round
+                    if not _is_busy(error) or time.monotonic() - progress > _REMOVAL:
+                        raise
+                if len(removed) > before:
+                    progress = time.monotonic()
+                time.sleep(_LATE)
             if images:
                 removed += image.remove_all(self.client)
         except DockerException as error:
             raise SwarmmailError(str(error), step="lab.down", hint="run lab.down again") from error
         return removed
+
+    def _remove_all(self, removed: list[str], volumes: set[str]) -> None:
+        """Remove what is listed, and note it. ``volumes``: those of containers, by name and until they are gone: what a
+        container that came late has made anew has no label of ours."""
+        label = {"label": f"{_LAB}={self.naming.id}"}
+        api = self.client.api
+
+        def kill(container: dict[str, Any]) -> None:
+            _gone(partial(api.remove_container, container["Id"], force=True, v=True))
+            removed.append(f"container {container['Names'][0].lstrip('/')}")
+
+        containers = api.containers(all=True, filters=label)
+        volumes |= {mount["Name"] for container in containers for mount in container["Mounts"] if mount.get("Name")}
+        _parallel(kill, containers)
+        volumes |= {volume["Name"] for volume in api.volumes(filters=label)["Volumes"] or []}
+        for volume in sorted(volumes):
+            with contextlib.suppress(NotFound):
+                api.remove_volume(volume)
+                removed.append(f"volume {volume}")
+            volumes.remove(volume)
+        for network in api.networks(filters=label):
+            for guest in api.inspect_network(network["Id"]).get("Containers") or {}:
+                _gone(partial(api.disconnect_container_from_network, guest, network["Id"], force=True))
+            with contextlib.suppress(NotFound):
+                api.remove_network(network["Id"])
+                removed.append(f"network {network['Name']}")
 
 
 def memory_in_use(text: str) -> int:
@@ -527,15 +552,16 @@ def memory_in_use(text: str) -> int:
 
 def _gone(remove: Callable[[], object]) -> None:
     """Remove something. That it is gone already is as good; while Docker still removes what hangs on it, wait."""
-
-    def busy(error: BaseException) -> bool:  # 409: removal in progress, volume in use; 403: network has endpoints
-        return isinstance(error, APIError) and error.status_code in (403, 409)
-
     for attempt in Retrying(
-        retry=retry_if_exception(busy), wait=wait_fixed(0.2), stop=stop_after_delay(_REMOVAL), reraise=True
+        retry=retry_if_exception(_is_busy), wait=wait_fixed(0.2), stop=stop_after_delay(_REMOVAL), reraise=True
     ):
         with attempt, contextlib.suppress(NotFound):
             remove()
+
+
+def _is_busy(error: BaseException) -> bool:
+    """409: removal in progress, volume in use; 403: the network has endpoints."""
+    return isinstance(error, APIError) and error.status_code in (403, 409)
 
 
 def _parallel(work: Callable[[S], T], items: list[S]) -> list[T]:
