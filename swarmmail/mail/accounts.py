@@ -16,20 +16,25 @@ import tenacity
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail import services
 from swarmmail.mail.services import Container, Seen
-from swarmmail.model.errors import HostError
+from swarmmail.model.errors import HostError, SwarmmailError
 
 USERS = ("swarmmail.users-command", "/usr/local/bin/swarmmail-users")
 RECIPIENTS = ("swarmmail.recipients-command", "/usr/local/bin/swarmmail-recipients")
 
 
 class Accounts:
-    """The accounts of a running stack. Raises HostError with the script's own line when it refuses."""
+    """The accounts of a running stack, as it was ``seen``. Raises HostError with the script's own line when it
+    refuses."""
 
     def __init__(self, fleet: Fleet, seen: Seen | None = None) -> None:
         seen = services.observe(fleet) if seen is None else seen
         self._fleet = fleet
-        self.mda: Container = services.running(fleet, seen, "mda")
-        self.mta: Container = services.running(fleet, seen, "mta")
+        self._find(seen)
+
+    def _find(self, seen: services.Seen) -> None:
+        self.mda: Container = services.running(self._fleet, seen, "mda")
+        self.mta: Container = services.running(self._fleet, seen, "mta")
+        self.seen = seen
 
     def _users(self, *words: str, stdin: str = "", step: str) -> str:
         command = self.mda.labels.get(*USERS)
@@ -74,14 +79,19 @@ class Accounts:
         """Give the MTA the list of recipients. Run again, it repairs a list that is behind.
 
         ``patience``: seconds for which a failure is tried again. A container without a health check counts as
-        running before its programs do.
+        running before its programs do, and may have been replaced when they do.
         """
         tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(HostError),
             stop=tenacity.stop_after_delay(patience),
             wait=tenacity.wait_fixed(0.5),
+            before_sleep=lambda _: self._find_again(),
             reraise=True,
         )(self._sync)
+
+    def _find_again(self) -> None:
+        with contextlib.suppress(SwarmmailError):  # not yet
+            self._find(services.observe(self._fleet, self.seen.observed))
 
     def _sync(self) -> None:
         addresses = "".join(f"{address}\n" for address in self.list()) or "\n"  # never an empty input, see Container

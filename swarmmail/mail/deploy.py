@@ -37,6 +37,9 @@ from swarmmail.model.swarm import PLACED
 
 STACK_OBJECT = "swarmmail.stack"
 """Label on configs and secrets that we made: the stack they belong to."""
+LOST_LINK = "error creating vxlan interface: file exists"
+"""Docker puts the link of an overlay back into the host when it gives the overlay up; killed then, it leaves it there,
+and the overlay's number is taken (seen with 26.1; moby/libnetwork#945)."""
 START_LIMIT = patient(120)  # seconds for all tasks to run and be healthy
 SETTLES = 5
 """Seconds within which the Swarm acts on a constraint that does not hold any more, or on a node that came back."""
@@ -80,8 +83,9 @@ class Plan:
         return not self.changes
 
 
-def run(fleet: Fleet) -> bool:
-    """Deploy; False when there was nothing to do.
+def run(fleet: Fleet) -> Seen | None:
+    """Deploy: the services and tasks that run now (hosts and nodes as they were before); None when there was nothing
+    to do.
 
     Raises:
         InputError: the stack file or the inventory is wrong; nothing was touched.
@@ -94,11 +98,10 @@ def run(fleet: Fleet) -> bool:
         report.progress(note)
     if plan.is_empty:
         _wait(fleet, stack, plan)
-        return False
+        return None
     show(plan)
     with lock.held(plan.seen.manager, "deploy", swarm=True):
-        apply(fleet, stack, plan)
-    return True
+        return apply(fleet, stack, plan)
 
 
 def check(inventory: Inventory) -> StackFile:
@@ -394,8 +397,9 @@ def _canonical(fleet: Fleet, stack: StackFile, seen: Seen, rendered: Mapping[str
 # ---- doing ----
 
 
-def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
-    """Every step may be done twice: what is there is left. So a run that was killed is finished by the next."""
+def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> Seen:
+    """Every step may be done twice: what is there is left. So a run that was killed is finished by the next.
+    Returns the services and tasks at the end."""
     assert fleet.inventory.stack is not None
     before = _failed(plan.seen)
     if plan.build or plan.ship:
@@ -428,11 +432,12 @@ def apply(fleet: Fleet, stack: StackFile, plan: Plan) -> None:
                 timeout=120,
             )
         )
-    _wait(fleet, stack, plan, before)
+    seen = _wait(fleet, stack, plan, before)
     _prune(plan)
     for name, where_to in plan.places.items():
         if stack.services[name].build is not None:
             images.prune(fleet[where_to.host], stack.services[name].image)
+    return seen
 
 
 def _remove_other_mode(fleet: Fleet, stack: StackFile, plan: Plan, name: str) -> None:
@@ -558,8 +563,8 @@ def _failed(seen: Seen) -> frozenset[str]:
     return frozenset(t["ID"] for tasks in seen.tasks.values() for t in tasks if t["Status"]["State"] in FAILED)
 
 
-def _wait(fleet: Fleet, stack: StackFile, plan: Plan, before: frozenset[str] | None = None) -> None:
-    """Wait until each service's container on its host runs the wanted image and is healthy.
+def _wait(fleet: Fleet, stack: StackFile, plan: Plan, before: frozenset[str] | None = None) -> Seen:
+    """Wait until each service's container on its host runs the wanted image and is healthy; what was seen then.
 
     Raises:
         HostError: a task can't start; with the scheduler's own words and the container's last lines.
@@ -580,7 +585,7 @@ def _wait(fleet: Fleet, stack: StackFile, plan: Plan, before: frozenset[str] | N
         elif ready_since is None:
             ready_since = time.monotonic()
         if ready_since is not None and time.monotonic() - ready_since >= settle:
-            return
+            return seen
         if time.monotonic() > deadline:
             waiting = ", ".join(f"{name}: {what}" for name, what in missing.items() if what)
             raise Deadline(
@@ -644,4 +649,7 @@ def _cannot_start(fleet: Fleet, seen: Seen, name: str, task: Mapping[str, Any]) 
         lines = [line.strip() for line in logs.stdout.splitlines() if line.strip()]
         said = next((line for line in lines if line.startswith("swarmmail: ")), lines[-1] if lines else "")
         words += f"; it said: {said}" if said else ""
-    return HostError(words, host=host or None, step=f"start {name}", hint="mend it, then run: fab deploy")
+    hint = "mend it, then run: fab deploy"
+    if LOST_LINK in words:
+        hint = f"a link vx-... that Docker lost is left on {host} (ip -br link): ip link del it, then run: fab deploy"
+    return HostError(words, host=host or None, step=f"start {name}", hint=hint)

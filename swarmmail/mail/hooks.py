@@ -259,8 +259,9 @@ class Mda(Plain):
                 hint="see docs/runbooks/mail-stuck-in-the-queue.md",
             )
         lines = [f"what was held has arrived, {time.monotonic() - began:.1f} s after the release"]
-        Accounts(self.fleet).sync(patience=20)
-        return [*lines, str(probe.run(self.fleet, self.stack))]
+        accounts = Accounts(self.fleet)
+        accounts.sync(patience=20)
+        return [*lines, str(probe.run(self.fleet, self.stack, accounts=accounts))]
 
 
 def last_words(words: Sequence[str], limit: float) -> str:
@@ -361,13 +362,14 @@ class Mta(Public):
             )
 
     def after(self) -> list[str]:
-        mta = services.running(self.fleet, services.observe(self.fleet), "mta")
-        mta.exec("postqueue -f", step="flush the queue")
-        Accounts(self.fleet).sync(patience=20)
-        address = mta.host.spec.address
+        seen = services.observe(self.fleet)
+        services.running(self.fleet, seen, "mta").exec("postqueue -f", step="flush the queue")
+        accounts = Accounts(self.fleet, seen)
+        accounts.sync(patience=20)
+        host, address = accounts.mta.host, accounts.mta.host.spec.address
         return [
-            str(probe.run(self.fleet, self.stack)),
-            f"mail is taken at {mta.host.name} ({address}) now: the world must find it there (MX, floating address)",
+            str(probe.run(self.fleet, self.stack, accounts=accounts)),
+            f"mail is taken at {host.name} ({address}) now: the world must find it there (MX, floating address)",
         ]
 
 
@@ -384,9 +386,11 @@ class Edge(Public):
         probe.imap_greets(self.fleet, self.stack, host)
 
     def after(self) -> list[str]:
-        host = services.running(self.fleet, services.observe(self.fleet), "edge").host
+        seen = services.observe(self.fleet)
+        host = services.running(self.fleet, seen, "edge").host
+        accounts = Accounts(self.fleet, seen)
         return [
-            str(probe.run(self.fleet, self.stack)),
+            str(probe.run(self.fleet, self.stack, accounts=accounts)),
             f"people read their mail at {host.name} ({host.spec.address}) now: mail programs must find it there "
             "(DNS, floating address)",
         ]

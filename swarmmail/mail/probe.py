@@ -61,8 +61,8 @@ def _context() -> ssl.SSLContext:
     return context
 
 
-def run(fleet: Fleet, stack: StackFile, token: str | None = None) -> Outcome:
-    """Send and read back one mail.
+def run(fleet: Fleet, stack: StackFile, token: str | None = None, accounts: Accounts | None = None) -> Outcome:
+    """Send and read back one mail. ``accounts``: of the stack as it was seen a moment ago; without, it is looked at.
 
     Raises:
         SwarmmailError: which side failed, and how.
@@ -72,7 +72,7 @@ def run(fleet: Fleet, stack: StackFile, token: str | None = None) -> Outcome:
         raise InputError(
             [f"{fleet.inventory.path}: stack.settings.MAIL_DOMAIN: missing; the probe needs an address in it"]
         )
-    accounts = Accounts(fleet)
+    accounts = Accounts(fleet) if accounts is None else accounts
     token = secrets.token_hex(16) if token is None else token
     with accounts.temporary(recipient) as password:
         return _send_and_read(fleet, stack, accounts, recipient, password, token)
@@ -96,7 +96,7 @@ def _send_and_read(
 ) -> Outcome:
     mta, mda = accounts.mta.host, accounts.mda.host
     role, imap = door(stack)
-    shown = services.running(fleet, services.observe(fleet), role).host if role == "edge" else mda
+    shown = services.running(fleet, accounts.seen, role).host if role == "edge" else mda
     by = f" by the edge on {shown.name}" if role == "edge" else ""
     report.progress(f"probe: SMTP to {mta.name}, IMAP from {mda.name}{by}")
     with mta.forward(mta.spec.advertise, 25) as port:

@@ -34,14 +34,15 @@ def deploy(
         stack.show(found)
         if found.is_empty:
             report.result("deploy: nothing to do")
-    elif not stack.run(hosts):
+    elif (seen := stack.run(hosts)) is None:
         report.result("deploy: nothing to do")
     else:
-        accounts.Accounts(hosts).sync(patience=20)
+        known = accounts.Accounts(hosts, seen)
+        known.sync(patience=20)
         if no_probe:
             report.result("deploy: all services run what was asked (the probe mail was left out)", good=True)
         else:
-            report.result(f"deploy: {probe.run(hosts, model.read(hosts.inventory))}", good=True)
+            report.result(f"deploy: {probe.run(hosts, model.read(hosts.inventory), accounts=known)}", good=True)
         verify.at_the_end(hosts, no_verify)
 
 
