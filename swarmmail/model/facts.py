@@ -12,6 +12,8 @@ from typing import Any
 from swarmmail.model import printed
 
 IPv4Network = ipaddress.IPv4Network
+LINK = "swarmmail"
+"""The tunnel's link on each host."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def parse(name: str, text: str) -> HostFacts:
 
     release = _shell_values(sections.get("os", ""))
     links = [link for link in printed.json_objects(sections.get("addresses", "")) if "ifname" in link]
-    tunnel = printed.json_objects(sections.get("mesh-link", ""))
+    addresses = {link["ifname"]: tuple(a["local"] for a in link.get("addr_info", ()) if "local" in a) for link in links}
     return HostFacts(
         name=name,
         os=release.get("ID", ""),
@@ -133,9 +135,7 @@ def parse(name: str, text: str) -> HostFacts:
         systemd=first("systemd") == "yes",
         programs=frozenset(lines("programs")),
         **of_docker(printed.json_object(sections.get("docker", "")), _peers(sections.get("peers", ""))),
-        addresses={
-            link["ifname"]: tuple(a["local"] for a in link.get("addr_info", ()) if "local" in a) for link in links
-        },
+        addresses=addresses,
         mtus={link["ifname"]: int(link.get("mtu", 1500)) for link in links},
         routes=tuple(_routes(printed.json_objects(sections.get("routes", "")))),
         resolvers=tuple(parts[1] for line in lines("resolvers") if len(parts := line.split()) > 1),
@@ -148,7 +148,7 @@ def parse(name: str, text: str) -> HostFacts:
             public_key=first("mesh-key"),
             peers=frozenset(line.split()[0] for line in lines("mesh-peers")),
             port=int(_number(first("mesh-port"))),
-            address=next((a["local"] for link in tunnel for a in link.get("addr_info", ())), ""),
+            address=next(iter(addresses.get(LINK, ())), ""),
             guarded=first("guard") == "yes",
             files={words[1]: words[0] for line in lines("files") if len(words := line.split(None, 1)) == 2},
         ),

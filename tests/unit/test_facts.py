@@ -1,5 +1,6 @@
 """``model.facts``: reading what ``hosts/facts.sh`` prints. ``data/facts-trixie.txt`` is what a lab host printed (Debian
-trixie, Docker 26.1, first manager of three, with the MTA's volume); kernel version and engine id are made up."""
+trixie, Docker 26.1, first manager of three, with the MTA's volume), brought into today's order of sections; kernel
+version, engine id and MainPIDs are made up."""
 
 from __future__ import annotations
 
@@ -106,12 +107,11 @@ AFFECTED = {
         *("engine", "swarm", "swarm_error", "node", "node_address", "is_manager", "cluster", "managers", "peers"),
         "live_restore",
     },
-    "addresses": {"addresses", "mtus"},
+    "addresses": {"addresses", "mtus", "mesh"},
     "wireguard": {"wireguard_kernel"},
     "docker-esp": {"docker_esp"},
     "volumes": {"markers"},
-    "root": set(),
-    **{key: {"mesh"} for key in ("mesh-config", "mesh-key", "mesh-peers", "mesh-port", "mesh-link", "files", "guard")},
+    **{key: {"mesh"} for key in ("mesh-config", "mesh-key", "mesh-peers", "mesh-port", "files", "guard")},
 }
 
 
@@ -266,6 +266,60 @@ def test_a_tunnel_that_is_just_starting_has_the_key_of_its_file(tmp_path: Path, 
     fake = f"s() {{ :; }}\nwg() {{ if [ $1 = pubkey ]; then echo of the file; else {other}; fi; }}\n"
     script = fake + line.replace("/etc/wireguard/swarmmail.key", str(tmp_path / "key"))
     assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout == f"{key}\n"
+
+
+UNITS = "MainPID=77\nId=docker.service\n\nMainPID=0\nId=other.service"
+SOCKET = "lrwx------ 1 root root 64 Nov 26 12:00 7 -> socket:[{}]"
+
+
+@pytest.mark.parametrize(
+    ("units", "links", "says"),
+    [
+        (UNITS, SOCKET.format(4242), "yes"),
+        (UNITS, SOCKET.format(424), "no"),  # of another family
+        (UNITS, SOCKET.format(242), "no"),  # a part of the number
+        (UNITS, "", "no"),
+        (UNITS.replace("77", "0"), SOCKET.format(4242), ""),  # Docker does not run
+        ("", SOCKET.format(4242), ""),  # no systemd
+    ],
+)
+def test_docker_has_a_socket_for_esp_when_one_of_its_own_is_of_that_family(
+    tmp_path: Path, units: str, links: str, says: str
+) -> None:
+    netlink = tmp_path / "netlink"
+    netlink.write_text(
+        "sk               Eth Pid        Groups   Rmem     Wmem     Dump  Locks    Drops    Inode\n"
+        "0000000000000000 0   77         00000000 0        0        0     2        0        424\n"
+        "0000000000000000 6   77         00000000 0        0        0     2        0        4242\n"
+    )
+    script = SCRIPT.read_text()
+    part = script[script.index("s units\n") : script.index("s addresses")].replace("/proc/net/netlink", str(netlink))
+    fake = (
+        "s() { echo @@$1; }\n"
+        f"systemctl() {{ echo '{units}'; }}\n"
+        f"ls() {{ [ $2 = /proc/77/fd ] && echo 'total 0' && echo '{links}' && echo 'l 1 r r 64 8 -> /dev/null'; }}\n"
+    )
+    said = subprocess.run(["sh", "-c", fake + part], capture_output=True, text=True).stdout
+    assert said == f"@@units\n{units}\n@@docker-esp\n{says}{chr(10) if says else ''}"
+
+
+@pytest.mark.parametrize(
+    ("link", "vni"),
+    [
+        ("5: vxlan0: <UP> mtu 1370 link/ether 02:42 promiscuity 1 vxlan id 4097 srcport 0 0 dstport 4789", "4097"),
+        ("5: vxlan0: <UP> vxlan id 4098 dstport 4789\n6: other: <UP> vxlan id 7 dstport 4789", "4098"),
+        ("5: vxlan0: <UP> mtu 1370 vxlan external dstport 4789", ""),
+        ("", ""),
+    ],
+)
+def test_the_number_of_an_overlay_is_that_of_its_link(tmp_path: Path, link: str, vni: str) -> None:
+    (tmp_path / "1-qh09mfvjpt").touch()
+    script = SCRIPT.read_text()
+    part = script[script.index("s overlays\n") : script.index("s esp-rules")]
+    part = part.replace("/var/run/docker/netns", str(tmp_path))
+    fake = f"s() {{ :; }}\nnsenter() {{ echo '{link}'; }}\n"
+    said = subprocess.run(["sh", "-c", fake + part], capture_output=True, text=True).stdout
+    assert said == f"qh09mfvjpt {vni}\n"
 
 
 @pytest.mark.parametrize("end", [0, 100, len(TEXT) // 2, TEXT.index("@@end")])
