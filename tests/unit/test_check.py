@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from dataclasses import replace
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -573,3 +576,32 @@ def test_no_answer_of_a_host_breaks_the_check(text: str) -> None:
     odd = Probe("\n".join(f"@@{key}\n{text}" for key in GOOD))
     list(check.hosts(replace(m, probes={**m.probes, "host2": odd})))
     list(check_pair.judge(m, everything(m)))
+
+
+def test_units_are_asked_for_all_at_once_and_read_one_by_one() -> None:
+    """As systemd 257 prints it: an alias has its unit's main name, what is not there is inactive and nothing else."""
+    script = (resources.files("swarmmail.cluster") / "check.sh").read_text()
+    begin = script.index("units() {")
+    printed = "\n".join(
+        f"Id={unit}\nActiveState={active}\nUnitFileState={enabled}\n"
+        for unit, active, enabled in (
+            ("systemd-timesyncd.service", "inactive", ""),
+            *[("chrony.service", "active", "enabled")] * 2,  # asked for as chrony and as chronyd
+            ("docker.socket", "inactive", "disabled"),
+        )
+    )
+    lines = [
+        "s() { echo @@$1; }",
+        f"systemctl() {{ echo '{printed}'; }}",
+        script[begin : script.index("; }\n", begin) + 3],
+        *(line for line in script.splitlines() if re.match("s (time|units);", line)),
+    ]
+    said = subprocess.run(["sh", "-c", "\n".join(lines)], capture_output=True, text=True, check=True).stdout
+    probe = Probe(said)
+    assert probe.values("time") == {"daemon": "chrony"}
+    assert probe.units == {
+        "systemd-timesyncd": ("inactive", ""),
+        "chrony": ("active", "enabled"),
+        "docker.socket": ("inactive", "disabled"),
+    }
+    assert probe.active("chrony") and not probe.active("docker.socket")
