@@ -42,6 +42,8 @@ def healed(project: Project, inventory: str = MAIL) -> Result:
     if result.stdout == "deploy: nothing to do\n":
         project.fab("probe", "--inventory", inventory, check=0)
     assert deploy(project, inventory=inventory, check=0).stdout == "deploy: nothing to do\n"
+    if inventory == MAIL:
+        project.known.remember("stack")
     return result
 
 

@@ -308,6 +308,7 @@ def repaired(project: Project, *parts: str) -> Result:
     for part in parts:
         assert re.search(part, result.stdout), f"{part} not in the plan: {result}"
     assert project.bootstrap(CLUSTER, check=0).stdout == "bootstrap: nothing to do\n"
+    project.known.remember("hosts")
     return result
 
 
@@ -421,11 +422,10 @@ class Receiver:
     def __init__(self, project: Project) -> None:
         self.project = project
         for host in ("host1", "host2"):
-            project.sh(
-                host,
-                f"docker rm -f probe >/dev/null 2>&1; docker run -d --name probe --network local-mail-delivery "
-                f"{project.image(host)} sleep 600",
-            )
+            run = f"docker run -qd --name probe --network local-mail-delivery {project.image(host)} sleep 600"
+            anew = f"docker rm -f probe >/dev/null 2>&1; {run} >/dev/null && echo runs"
+            # a node that has just joined may be too late in asking a manager for an address (20 s)
+            eventually(lambda: "runs" in project.sh(host, anew, check=False), 90, f"a container on {host}")  # noqa: B023
         self.address, self.mac = self.look("host2")
         self.sender, _ = self.look("host1")
         self.vni = self.find_vni()

@@ -66,14 +66,10 @@ def execute(project: Project, page: str, timeout: float = 180, **env: str) -> No
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
 
     def shell(host: str, words: str) -> tuple[int, str]:
-        if host != runbook.OPERATOR and project.driver.kind == "vm":
-            ran = project.host(host).run(words, check=False, timeout=timeout)
-            return ran.status, ran.stdout + ran.stderr
-        if host != runbook.OPERATOR:
-            command = ["docker", "exec", project.container(host), "sh", "-c", words]
-            given, environ = "", None
-        else:
+        if host == runbook.OPERATOR:
             command, given, environ = ["sh", "-c", words], f"{PASSWORD}\n", environment
+        else:
+            command, given, environ = project.on(host, "sh", "-c", words), "\n", None  # moby#37870
         done = subprocess.run(
             command,
             cwd=project.root,
@@ -119,7 +115,7 @@ def installed(project: Project) -> None:
         new_hosts(project)
         there.write_text(text)
         shutil.copy(project.root / ".lab" / "known_hosts", there.parent)
-        project.fab("bootstrap", "deploy", check=0, timeout=300)
+        project.fab("bootstrap", "--no-check", "deploy", "--no-verify", check=0, timeout=300)
     if "alice@example.org" not in project.fab("user.list", check=0).stdout:
         project.fab("user.add", "--address", "alice@example.org", stdin=f"{PASSWORD}\n", check=0)
 
