@@ -16,8 +16,9 @@ from swarmmail.hosts.connection import Host
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.model.bootstrap import Design
 from swarmmail.model.errors import HostError
+from swarmmail.model.facts import MESH
 from swarmmail.model.mesh import CONFIG_FILE, KEY_FILE, Mesh
-from swarmmail.model.network import DATA_PORT, MESH
+from swarmmail.model.network import DATA_PORT
 
 GUARD = "/etc/swarmmail/guard"
 NEW = f"/etc/wireguard/{MESH}.new"

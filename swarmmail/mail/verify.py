@@ -28,9 +28,9 @@ from swarmmail.mail.accounts import Accounts
 from swarmmail.model import stack
 from swarmmail.model.bootstrap import Observed
 from swarmmail.model.errors import HostError, SwarmmailError
-from swarmmail.model.facts import HostFacts
+from swarmmail.model.facts import MESH, HostFacts
 from swarmmail.model.inventory import Inventory
-from swarmmail.model.network import DATA_PORT, MESH
+from swarmmail.model.network import DATA_PORT
 from swarmmail.model.patience import patient
 from swarmmail.wire import capture, judge, verdict
 from swarmmail.wire.capture import Captured

@@ -11,7 +11,7 @@ from swarmmail.model import esp
 from swarmmail.model import mesh as mesh_model
 from swarmmail.model import network as net
 from swarmmail.model.errors import Refused
-from swarmmail.model.facts import HostFacts
+from swarmmail.model.facts import MESH, HostFacts
 from swarmmail.model.inventory import Inventory
 from swarmmail.model.plan import Action, Plan, Step
 from swarmmail.model.swarm import Node, Swarm
@@ -384,7 +384,7 @@ def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:
         facts.mesh.peers != {k for n, k in design.keys.items() if n != name}
         or facts.mesh.address != str(design.mesh.addresses[name])
         or facts.mesh.port not in (0, design.mesh.port)
-        or facts.mtus.get(net.MESH, design.mesh.mtu) != design.mesh.mtu
+        or facts.mtus.get(MESH, design.mesh.mtu) != design.mesh.mtu
     ):
         reasons.append("peers, address, port or MTU of the running tunnel")
     if not facts.mesh.address:

@@ -14,11 +14,11 @@ from typing import Any
 
 from swarmmail.model import bootstrap, engines, printed
 from swarmmail.model.errors import SwarmmailError
-from swarmmail.model.facts import HostFacts
+from swarmmail.model.facts import MESH, HostFacts
 from swarmmail.model.findings import Finding, Level, error, note, ok, warning
 from swarmmail.model.firewall import Packet, Ruleset
 from swarmmail.model.inventory import Inventory
-from swarmmail.model.network import DATA_PORT, MESH
+from swarmmail.model.network import DATA_PORT
 from swarmmail.model.swarm import Swarm
 
 Findings = Iterator[Finding]

@@ -9,9 +9,10 @@ from typing import Any
 
 from swarmmail.model import network as net
 from swarmmail.model.check import CONTROL_PORT, GOSSIP_PORT, Findings, Measured, managers_of
+from swarmmail.model.facts import MESH
 from swarmmail.model.findings import Finding, error, note, ok, warning
 from swarmmail.model.firewall import INBOUND, OUTBOUND, Blocker, Packet
-from swarmmail.model.network import DATA_PORT, MESH
+from swarmmail.model.network import DATA_PORT
 
 SMALLEST_MTU = 1280
 """Bytes: below that IPv6 does not work, and we do not look."""

@@ -12,8 +12,8 @@ from typing import Any
 from swarmmail.model import printed
 
 IPv4Network = ipaddress.IPv4Network
-LINK = "swarmmail"
-"""The tunnel's link on each host."""
+MESH = "swarmmail"
+"""Name of the tunnel's link on every host."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def parse(name: str, text: str) -> HostFacts:
             public_key=first("mesh-key"),
             peers=frozenset(line.split()[0] for line in lines("mesh-peers")),
             port=int(_number(first("mesh-port"))),
-            address=next(iter(addresses.get(LINK, ())), ""),
+            address=next(iter(addresses.get(MESH, ())), ""),
             guarded=first("guard") == "yes",
             files={words[1]: words[0] for line in lines("files") if len(words := line.split(None, 1)) == 2},
         ),

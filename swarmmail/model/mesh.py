@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 from swarmmail.model.errors import Refused
-from swarmmail.model.facts import HostFacts
+from swarmmail.model.facts import MESH, HostFacts
 from swarmmail.model.inventory import Inventory
-from swarmmail.model.network import MESH, WIREGUARD_OVERHEAD
+from swarmmail.model.network import WIREGUARD_OVERHEAD
 
 KEY_FILE = f"/etc/wireguard/{MESH}.key"
 CONFIG_FILE = f"/etc/wireguard/{MESH}.conf"

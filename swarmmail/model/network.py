@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 
 from swarmmail.model.errors import Refused
-from swarmmail.model.facts import LINK, HostFacts
+from swarmmail.model.facts import HostFacts
 from swarmmail.model.inventory import Inventory
 
 DATA_PORT = 4789
 """UDP port of VXLAN (RFC 7348); Swarm's default data-path port."""
-MESH = LINK
-"""Name of the tunnel's link on every host."""
 WIREGUARD_OVERHEAD = 80
 """Bytes: 40 IPv6 + 8 UDP + 32 WireGuard (wg-quick(8) takes off the same)."""
 

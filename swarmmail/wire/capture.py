@@ -15,7 +15,7 @@ from typing import Any
 from swarmmail.hosts.connection import Host
 from swarmmail.model import printed
 from swarmmail.model.errors import HostError
-from swarmmail.model.network import MESH
+from swarmmail.model.facts import MESH
 from swarmmail.model.patience import patient
 from swarmmail.wire import state
 from swarmmail.wire.state import State

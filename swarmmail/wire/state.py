@@ -9,7 +9,7 @@ from ipaddress import IPv4Network
 from typing import Any
 
 from swarmmail.model import printed
-from swarmmail.model.network import MESH
+from swarmmail.model.facts import MESH
 
 
 @dataclass(frozen=True)

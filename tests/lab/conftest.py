@@ -191,7 +191,7 @@ class Project:
         self._fleet: Fleet | None = None
         self._looking = threading.Lock()
         self._inits: dict[str, tuple[int, str]] = {}
-        self.known = Known(self)
+        self.known = Known(self, HOSTS)
 
     def make(self) -> None:
         """The files of a checkout. The code is not copied: PYTHONPATH leads to it."""

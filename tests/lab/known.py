@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 Part = Literal["hosts", "stack"]
 """What bootstrap cares for, and what deploy does."""
 
-_HOSTS = ("host1", "host2", "host3")
 _SCRIPTS: dict[Part, str] = {
     "hosts": """exec 2>/dev/null
 cat /etc/wireguard/swarmmail.conf /etc/swarmmail/* /etc/systemd/system/swarmmail-guard.service \\
@@ -41,8 +41,8 @@ echo end
 
 
 class Known:
-    def __init__(self, project: Project) -> None:
-        self.project = project
+    def __init__(self, project: Project, hosts: Sequence[str]) -> None:
+        self.project, self.hosts = project, hosts
         self._looks: dict[Part, object] = {}
 
     def remember(self, *parts: Part) -> None:
@@ -59,8 +59,8 @@ class Known:
             return object()
         try:
             with contextlib.ExitStack() as opened, ThreadPoolExecutor() as pool:
-                apis = [opened.enter_context(contextlib.closing(self._api(host))) for host in _HOSTS]
-                said = list(pool.map(lambda host: self.project.sh(host, _SCRIPTS[part], check=False), _HOSTS))
+                apis = [opened.enter_context(contextlib.closing(self._api(host))) for host in self.hosts]
+                said = list(pool.map(lambda host: self.project.sh(host, _SCRIPTS[part], check=False), self.hosts))
                 if any(not text.endswith("end\n") for text in said):
                     return object()
                 if part == "hosts":
