@@ -69,7 +69,13 @@ _observe_patiently = tenacity.Retrying(
     reraise=True,
 )
 
-after_the_election = _observe_patiently.copy(retry=tenacity.retry_if_exception_type(Electing))
+
+def _say_once(state: tenacity.RetryCallState) -> None:
+    if state.attempt_number == 1:
+        report.progress(f"no manager leads the Swarm; waiting {lock.ELECTION:g} s at most for them to elect one")
+
+
+after_the_election = _observe_patiently.copy(retry=tenacity.retry_if_exception_type(Electing), before_sleep=_say_once)
 
 
 def _refresh(fleet: Fleet, before: Observed) -> Observed:
@@ -421,7 +427,7 @@ _PHASES = {
 def _lock_places(fleet: Fleet) -> dict[str, tuple[Host, bool]]:
     lead = fleet[fleet.inventory.lead.name]
     places = {f"folder on {lead.name}": (lead, False)}
-    manager = observe(fleet).swarm
+    manager = after_the_election(lambda: observe(fleet)).swarm
     if manager is not None:
         places["Swarm"] = (fleet[manager.manager], True)
     return places

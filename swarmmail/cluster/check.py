@@ -34,6 +34,7 @@ from swarmmail.model.bootstrap import Observed
 from swarmmail.model.check import Measured, Probe, Published
 from swarmmail.model.check_pair import End
 from swarmmail.model.errors import HostError, InputError, SwarmmailError
+from swarmmail.model.facts import HostFacts
 from swarmmail.model.findings import Finding, Level
 from swarmmail.model.inventory import Inventory
 from swarmmail.model.placement import known_host
@@ -88,8 +89,6 @@ def show(found: list[Finding]) -> None:
 def _hosts(
     fleet: Fleet, observed: Observed | None
 ) -> tuple[Observed, dict[str, Probe], dict[str, tuple[float, float]], list[SwarmmailError]]:
-    from swarmmail.cluster import bootstrap  # it asks for checks itself: not at the top
-
     problems: list[SwarmmailError] = []
     probes: dict[str, Probe] = {}
     clocks: dict[str, tuple[float, float]] = {}
@@ -110,15 +109,26 @@ def _hosts(
     job = threading.Thread(target=lambda: fleet.each(probe))
     job.start()
     if observed is None:
-        facts = gather_all(fleet, strict=False)
-        swarm = None
-        try:
-            swarm = bootstrap.look_at_swarm(fleet, facts)
-        except SwarmmailError as error:
-            problems.append(error)
-        observed = Observed(facts, swarm)
+        observed = _observe(fleet, problems)
     job.join()
     return observed, probes, clocks, problems
+
+
+def _observe(fleet: Fleet, problems: list[SwarmmailError]) -> Observed:
+    """Of all hosts what each says, also when no manager answers for the Swarm: then that is one of the ``problems``."""
+    from swarmmail.cluster import bootstrap  # it asks for checks itself: not at the top
+
+    facts: dict[str, HostFacts] = {}
+
+    def look() -> Observed:
+        facts.update(gather_all(fleet, strict=False))
+        return Observed(facts, bootstrap.look_at_swarm(fleet, facts))
+
+    try:
+        return bootstrap.after_the_election(look)
+    except SwarmmailError as error:
+        problems.append(error)
+        return Observed(facts)
 
 
 def _measured(inventory: Inventory, observed: Observed) -> Measured:

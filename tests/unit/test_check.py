@@ -14,12 +14,13 @@ from builders import address, make_facts, make_inventory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swarmmail.cluster import bootstrap as work
 from swarmmail.cluster import check as cluster
 from swarmmail.model import bootstrap, check, check_mail, check_pair, engines, findings
 from swarmmail.model.bootstrap import Observed
 from swarmmail.model.check import Measured, Probe, Published
 from swarmmail.model.check_pair import End
-from swarmmail.model.errors import Refused
+from swarmmail.model.errors import Refused, SwarmmailError
 from swarmmail.model.facts import HostFacts
 from swarmmail.model.findings import Finding, Level
 
@@ -605,3 +606,30 @@ def test_units_are_asked_for_all_at_once_and_read_one_by_one() -> None:
         "docker.socket": ("inactive", "disabled"),
     }
     assert probe.active("chrony") and not probe.active("docker.socket")
+
+
+def test_an_election_is_waited_for_and_one_that_does_not_end_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A leader whose tunnel was down for 8 s: ``check`` came just then, and called a manager one of another swarm."""
+    answers: list[Exception | None] = [work.Electing("no manager answers for the Swarm", host="host3")] * 2 + [None]
+    gathered: list[str] = []
+
+    def gather(fleet: object, strict: bool) -> dict[str, HostFacts]:
+        gathered.append("led" if len(gathered) == 2 else "leaderless")
+        return {"host1": make_facts("host1", cluster="c1" if gathered[-1] == "led" else "")}
+
+    def look(fleet: object, facts: object) -> None:
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    monkeypatch.setattr(cluster, "gather_all", gather)
+    monkeypatch.setattr(work, "look_at_swarm", look)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    problems: list[SwarmmailError] = []
+    assert cluster._observe(None, problems).hosts["host1"].cluster == "c1"  # type: ignore[arg-type]
+    assert (len(gathered), problems) == (3, [])
+    assert capsys.readouterr().err.count("waiting 60 s at most for them to elect one") == 1
+    answers = [work.NoManager("without a majority", host="host3")]
+    assert cluster._observe(None, problems).hosts["host1"].cluster == ""  # type: ignore[arg-type]
+    assert [problem.what for problem in problems] == ["without a majority"]
