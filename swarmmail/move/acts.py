@@ -325,6 +325,7 @@ class HostActs:
                 self.source,
                 "pass",
                 move.id,
+                "yes" if live else "no",
                 since,
                 self._where,
                 self.bwlimit,
@@ -432,7 +433,8 @@ class HostActs:
                 f"the copy differs from {self.source.name}: {self._difference()}",
                 host=self.target.name,
                 step="compare",
-                hint="nothing was lost; run the same command again",
+                hint="nothing was lost; run the same command again; if it differs again, without what is left of an "
+                "older copy: fab migrate.purge",
             )
         entries = [line.split() for line in there.splitlines()]
         self.lines.append(

@@ -223,21 +223,26 @@ connect() {
 
 GONE='^rsync: \[sender\] .* No such file or directory (2)$'
 
-# pass ID SINCE WHERE BWLIMIT PATH=PATH-THERE...: copy what differs. SINCE: only what has changed from then on, in seconds of this
-# host's clock, by the time that the kernel itself keeps (ctime); a folder counts, with what is right in it, when a name in it came
-# or went. 0: everything. Prints "began SECONDS" and rsync's statistics; exit status as rsync's (24: files went away, nothing else).
+# pass ID LIVE SINCE WHERE BWLIMIT PATH=PATH-THERE...: copy what differs. SINCE: only what has changed from then on, in seconds of
+# this host's clock, by the time that the kernel itself keeps (ctime); a folder counts, with what is right in it, when a name in it
+# came or went. 0: everything. LIVE: yes while the service runs. Then names of one file are copied as files of their own, and only
+# the pass after its stop, which looks at each of them, makes them one again: with -H, rsync 3.5.0 waits for ever when such a name
+# vanishes meanwhile and there are more than a thousand files (a mail that an IMAP client copies, then marks, has two names), and
+# its --timeout does not end that. Prints "began SECONDS" and rsync's statistics; exit status as rsync's (24: files went away, nothing else).
 # --modify-window=-1: times count to the nanosecond; else a file that changed twice within a second and kept its size would be taken
 # for unchanged.
 pass() {
-    folder "$1"; since=$2 where=$3 limit=$4 vanished=0; shift 4
+    folder "$1"; live=$2 since=$3 where=$4 limit=$5 vanished=0; shift 5
+    case $live in no) links=-H ;; *) links= ;; esac
     echo "began $(date +%s)"
     for pair; do
         path=${pair%%=*} there=${pair#*=} which=
         if [ "$since" != 0 ]; then
-            (cd "$path" && find . -newerct "@$since" \( -type d -printf '%p/\0' -o -printf '%p\0' \)) >"$D/changed" || return
+            (cd "$path" && find . -newerct "@$since" -type d -printf '%p/\0' -o \
+                \( -newerct "@$since" -o -type f -links +1 \) -printf '%p\0') >"$D/changed" || return
             which="--dirs --from0 --files-from=$D/changed" # with it, -a does not recurse
         fi
-        rsync -aHAXS $which --modify-window=-1 --numeric-ids --delete --partial-dir=.swarmmail-partial --bwlimit="$limit" --stats \
+        rsync -aAXS $links $which --modify-window=-1 --numeric-ids --delete --partial-dir=.swarmmail-partial --bwlimit="$limit" --stats \
             --info=progress2 --exclude=/.swarmmail-volume --exclude=/.swarmmail-volume.new \
             -e "ssh -F /dev/null -S $D/ssh -o BatchMode=yes -o ProxyCommand=false" "$path/" "$where:$there/" >"$D/progress" 2>"$D/errors" &
         echo $! >>"$D/pids"

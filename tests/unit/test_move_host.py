@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -297,7 +300,7 @@ def test_contents_are_compared_of_what_changed_and_of_certain_names(  # type: ig
 
 @pytest.fixture
 def copy(run, tmp_path: Path, volume: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """``copy(since)``: one pass into another folder, as over SSH; what it printed. Returns that folder, too."""
+    """``copy(since, live)``: one pass into another folder, as over SSH; what it printed. Returns that folder, too."""
     there = tmp_path / "volumes" / "copy" / "_data"
     there.mkdir(parents=True)
     programs = tmp_path / "bin"
@@ -308,12 +311,16 @@ def copy(run, tmp_path: Path, volume: Path, monkeypatch: pytest.MonkeyPatch):  #
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     (tmp_path / "run" / "swarmmail-move-id1").mkdir()
 
-    def one(since: int) -> str:
-        done = run("pass", "id1", since, "x@y", 0, f"{volume}={there}")
-        assert done.returncode == 0, done.stderr
+    def one(since: int, live: str = "no") -> str:
+        done = run("pass", "id1", live, since, "x@y", 0, f"{volume}={there}")
+        assert done.returncode in ((0, 24) if live == "yes" else (0,)), done.stderr
         return str(done.stdout)
 
-    return one, there
+    yield one, there
+    pids = tmp_path / "run" / "swarmmail-move-id1" / "pids"
+    for pid in pids.read_text().split() if pids.exists() else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)  # one that hangs
 
 
 GONE = "rsync: [sender] get_acl: sys_acl_get_file(a/cur/1.M1, ACL_TYPE_ACCESS): No such file or directory (2)"
@@ -345,7 +352,7 @@ def test_what_went_away_while_it_was_looked_at_has_only_vanished(  # type: ignor
     rsync = tmp_path / "bin" / "rsync"
     rsync.write_text(f"#!/bin/sh\ncat {tmp_path}/said >&2\nexit 23\n")
     rsync.chmod(0o755)
-    done = run("pass", "id1", 0, "x@y", 0, f"{volume}={there}")
+    done = run("pass", "id1", "no", 0, "x@y", 0, f"{volume}={there}")
     assert done.returncode == status
     assert (says or (last,))[0] in done.stderr
 
@@ -359,7 +366,7 @@ def test_what_vanished_in_one_volume_does_not_leave_out_the_next(  # type: ignor
     rsync.write_text(f"#!/bin/sh\necho once >>{tmp_path}/log\nexit {status}\n")
     rsync.chmod(0o755)
     pair = f"{volume}={there}"
-    assert run("pass", "id1", 0, "x@y", 0, pair, pair).returncode == status
+    assert run("pass", "id1", "no", 0, "x@y", 0, pair, pair).returncode == status
     assert (tmp_path / "log").read_text() == "once\n" * passes
 
 
@@ -395,6 +402,49 @@ def test_a_pass_over_what_has_changed_finds_all_that_a_service_does(run, copy, v
     os.utime(there / "quiet" / "cur" / "mail7", ns=(times.st_atime_ns, times.st_mtime_ns))
     assert manifest(run, volume, "one") == manifest(run, there, "two")
     assert (there / ".swarmmail-volume").read_text() == "another"
+
+
+def churn(volume: Path, stop: threading.Event) -> None:
+    """As IMAP clients do that copy mails (Dovecot links them) and mark them as read."""
+    number = 0
+    while not stop.is_set():
+        number += 1
+        mail = volume / "eve" / "cur" / f"{number}:2,"
+        mail.write_text(f"mail {number}")
+        os.link(mail, volume / "eve" / ".Kept" / "tmp" / f"{number}")
+        time.sleep(0.001)
+        (volume / "eve" / ".Kept" / "tmp" / f"{number}").rename(volume / "eve" / ".Kept" / "cur" / f"{number}:2,")
+        mail.rename(mail.with_name(f"{number}:2,S"))
+        if number > 50:
+            (volume / "eve" / ".Kept" / "cur" / f"{number - 50}:2,").unlink()
+
+
+def test_mails_of_two_names_that_vanish_while_they_are_copied(run, copy, volume: Path) -> None:  # type: ignore[no-untyped-def]
+    """With -H, rsync waits for ever for them when there are many files: such passes hung."""
+    one, there = copy
+    for user in ("ann", "bob", "cid"):
+        (volume / user / "cur").mkdir(parents=True)
+        for number in range(500):
+            (volume / user / "cur" / f"{number}").write_text(f"{user} {number}")
+    os.link(volume / "ann" / "cur" / "1", volume / "bob" / "cur" / "of ann")
+    for folder in ("cur", ".Kept/cur", ".Kept/tmp"):
+        (volume / "eve" / folder).mkdir(parents=True)
+    stop = threading.Event()
+    mailbox = threading.Thread(target=churn, args=(volume, stop))
+    mailbox.start()
+    try:
+        time.sleep(0.3)
+        for _ in range(3):
+            began = int(one(0, live="yes").split()[1])
+            assert (there / "bob" / "cur" / "of ann").stat().st_nlink == 1
+            shutil.rmtree(there / "eve")  # what is there already is not asked for again
+        one(0, live="yes")
+    finally:
+        stop.set()
+        mailbox.join()
+    one(began - 1)
+    assert (there / "bob" / "cur" / "of ann").stat().st_nlink == 2
+    assert manifest(run, volume, "one") == manifest(run, there, "two")
 
 
 def test_what_such_a_pass_misses_is_found_by_the_comparison(run, copy, volume: Path) -> None:  # type: ignore[no-untyped-def]
