@@ -119,7 +119,7 @@ ASIDE = "ip route add 10.90.0.{0}/32 via $(wg show swarmmail endpoints | sed -n 
 LEAKS = {
     "tunnel down on one host": Leak(("tunnel-down",), {"host3": NO_TUNNEL}),
     "tunnel down on both": Leak(("tunnel-down",), {"host1": NO_TUNNEL, "host3": NO_TUNNEL}),  # no majority is left
-    "tunnel and blackhole gone": Leak(("tunnel-down", "blackhole-missing"), {"host1": f"{NO_TUNNEL}; {NO_ROUTE}"}),
+    "tunnel and blackhole gone": Leak(("tunnel-down", "blackhole-missing"), {"host3": f"{NO_TUNNEL}; {NO_ROUTE}"}),
     "blackhole route missing": Leak(("blackhole-missing",), {"host1": NO_ROUTE}),
     "rule against foreign VXLAN missing": Leak(("forged",), {"host3": NO_GUARD}),
     "UDP data port open to strangers": Leak(("forged",), {"host1": ONE_SIDED.format("in")}),
