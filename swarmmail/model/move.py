@@ -175,6 +175,21 @@ def another_pass(done: tuple[Pass, ...]) -> bool:
     return len(done) < 2 or done[-1].seconds < 0.7 * done[-2].seconds
 
 
+@dataclass
+class Standstill:
+    """Whether a copy stands still: no sign of it on either side has changed for ``limit`` seconds."""
+
+    limit: float
+    _signs: object = None
+    _since: float = 0.0
+
+    def reached(self, signs: object, now: float) -> bool:
+        """``now``: seconds of any clock that never goes back."""
+        if signs != self._signs:
+            self._signs, self._since = signs, now
+        return now - self._since >= self.limit
+
+
 @dataclass(frozen=True)
 class Measured:
     """A volume, or several, as seen on a host. ``free`` (bytes) and ``free_inodes``: of its file system."""

@@ -24,7 +24,19 @@ from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail.hooks import Hooks
 from swarmmail.model import stack as model
 from swarmmail.model.errors import Deadline, HostError, Refused, SwarmmailError, Unreachable
-from swarmmail.model.move import HELD, STALE, STANDBY, Measured, Move, NotServing, Pass, another_pass, marker, steps
+from swarmmail.model.move import (
+    HELD,
+    STALE,
+    STANDBY,
+    Measured,
+    Move,
+    NotServing,
+    Pass,
+    Standstill,
+    another_pass,
+    marker,
+    steps,
+)
 from swarmmail.model.patience import patient
 from swarmmail.model.placement import LIVE
 from swarmmail.model.stack import Service, StackFile
@@ -36,8 +48,11 @@ COPY_LIMIT = 24 * 3600  # seconds for one pass
 STANDBY_LIMIT = patient(60)  # seconds for a task to be up and waiting
 REVIVE_LIMIT = patient(30)
 ENDED_LIMIT = patient(30)
+STANDSTILL = patient(30)  # seconds; a disk or a way that is slow does something meanwhile, a hanging rsync nothing
 GRACE = 10  # seconds for the service to end by itself
-BROKEN = frozenset((10, 12, 30, 35, 255))
+TIMED_OUT = 30
+"""Exit status of rsync(1): nothing came for too long."""
+BROKEN = frozenset((10, 12, TIMED_OUT, 35, 255))
 """Exit statuses of rsync(1) and ssh(1) that mean the connection: it is made again, and the copy goes on."""
 VANISHED = 24
 """A file went away while it was copied: nothing wrong while the service runs."""
@@ -311,7 +326,8 @@ class HostActs:
         verb(self.target, "flush", self.paths(self.target)[0], step="write the copy to the disk", timeout=600)
 
     def _pass(self, step: str, live: bool, since: int = 0) -> Pass:
-        """One pass. A connection that breaks is made again; what is there already is not sent again.
+        """One pass. A connection that breaks is made again, and a copy that stands still is ended and begun again; what
+        is there already is not sent again.
 
         Args:
             since: look only at what has changed from then on (seconds, by the source's clock); 0: at everything.
@@ -319,6 +335,9 @@ class HostActs:
         move = self.move
         pairs = self.paths(self.source)
         assert pairs == self.paths(self.target) or len(pairs) == len(self.paths(self.target))
+
+        ended, stood_still = threading.Event(), threading.Event()
+        ending = threading.Lock()  # who ends a copy must not meet the next one
 
         def once() -> Result:
             result = verb(
@@ -334,15 +353,19 @@ class HostActs:
                 timeout=COPY_LIMIT,
                 check=False,
             )
+            what = "the connection to the target broke"
+            with ending:
+                if stood_still.is_set():
+                    stood_still.clear()
+                    what = f"it stood still for {STANDSTILL:g} s"
+                    result = Result(TIMED_OUT, result.stdout, what)
             if result.status in BROKEN:
-                report.progress("the connection to the target broke; once more", self.source.name)
+                report.progress(f"copy: {what}; once more", self.source.name)
                 self._connected()
             return result
 
         began = time.monotonic()
-        ended = threading.Event()
-        if live:
-            threading.Thread(target=self._show_progress, args=(ended,), daemon=True).start()
+        threading.Thread(target=self._watch, args=(ended, ending, stood_still, live), daemon=True).start()
         try:
             result: Result = tenacity.Retrying(
                 retry=tenacity.retry_if_result(lambda result: result.status in BROKEN),
@@ -361,11 +384,22 @@ class HostActs:
         numbers = [int(n.replace(",", "")) for n in re.findall(r": ([\d,]+)", result.stdout)]
         return Pass(time.monotonic() - began, sum(numbers[0::2]), sum(numbers[1::2]))
 
-    def _show_progress(self, ended: threading.Event) -> None:
+    def _watch(self, ended: threading.Event, ending: threading.Lock, stood_still: threading.Event, show: bool) -> None:
+        """While a pass is under way: how far it is, and whether it goes on at all."""
+        still = Standstill(STANDSTILL)
         while not ended.wait(2):
             with contextlib.suppress(SwarmmailError):
-                words = verb(self.source, "progress", self.move.id, step="progress", check=False).stdout.split()
-                if len(words) > 3:
+                said = [
+                    verb(host, "progress", self.move.id, step="progress", check=False).stdout.splitlines()
+                    for host in (self.source, self.target)
+                ]
+                if still.reached([lines[:1] for lines in said], time.monotonic()):
+                    still = Standstill(STANDSTILL)
+                    with ending:
+                        stood_still.set()
+                        for host in (self.source, self.target):
+                            verb(host, "end", self.move.id, step="end a copy that stands still")
+                elif show and len(words := " ".join(said[0][1:]).split()) > 3:
                     report.progress(
                         f"copy: {words[0]} bytes, {words[1]}, {words[2]}, {words[3]} left", self.source.name
                     )

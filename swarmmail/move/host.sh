@@ -134,6 +134,22 @@ keys_file() {
     case ${file:=.ssh/authorized_keys} in /*) echo "$file" ;; *) echo "$home/$file" ;; esac
 }
 
+# end_copies FOLDER: copies that are under way, on either side
+end_copies() {
+    for pid in $(cat "$1"/pids 2>/dev/null); do
+        tries=0
+        while tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -q '^rsync \|^sudo -n rsync \|swarmmail-move'; do
+            if [ "$tries" -lt 100 ]; then kill -TERM "$pid" 2>/dev/null; else kill -KILL "$pid" 2>/dev/null; fi
+            [ "$tries" -lt 300 ] || refuse "process $pid of an earlier move does not end"
+            tries=$((tries + 1))
+            sleep 0.02
+        done
+    done
+}
+
+# end ID: those of this move
+end() { folder "$1"; end_copies "$D"; }
+
 # close USER: whatever moves left on this host: keys, connections, copies under way
 close() {
     keys=$(keys_file "$1")
@@ -143,15 +159,7 @@ close() {
     fi
     for dir in /run/swarmmail-move-*; do
         [ -d "$dir" ] || continue
-        for pid in $(cat "$dir"/pids 2>/dev/null); do
-            tries=0
-            while tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -q '^rsync \|swarmmail-move'; do
-                if [ "$tries" -lt 100 ]; then kill -TERM "$pid" 2>/dev/null; else kill -KILL "$pid" 2>/dev/null; fi
-                [ "$tries" -lt 300 ] || refuse "process $pid of an earlier move does not end"
-                tries=$((tries + 1))
-                sleep 0.02
-            done
-        done
+        end_copies "$dir"
         [ -S "$dir/ssh" ] && ssh -F /dev/null -S "$dir/ssh" -O exit x 2>/dev/null
         rm -rf "$dir"
     done
@@ -235,10 +243,11 @@ pass() {
     folder "$1"; live=$2 since=$3 where=$4 limit=$5 vanished=0; shift 5
     case $live in no) links=-H ;; *) links= ;; esac
     echo "began $(date +%s)"
+    echo $$ >>"$D/pids" # for `progress`: find is at work before rsync
     for pair; do
         path=${pair%%=*} there=${pair#*=} which=
         if [ "$since" != 0 ]; then
-            (cd "$path" && find . -newerct "@$since" -type d -printf '%p/\0' -o \
+            (cd "$path" && exec find . -newerct "@$since" -type d -printf '%p/\0' -o \
                 \( -newerct "@$since" -o -type f -links +1 \) -printf '%p\0') >"$D/changed" || return
             which="--dirs --from0 --files-from=$D/changed" # with it, -a does not recurse
         fi
@@ -265,8 +274,17 @@ addresses() { ip -o addr show scope global | sed 's/.* inet6\{0,1\} \([^ /]*\).*
 # flush PATH: to the disk
 flush() { sync -f "$1"; }
 
-# progress ID: the last line of a pass that is under way
-progress() { folder "$1"; tail -c 300 "$D/progress" 2>/dev/null | tr '\r' '\n' | grep % | tail -1; }
+# progress ID: a number that stays the same while no process of a copy does anything here (neither works nor reads nor writes,
+# proc_pid_stat(5), proc_pid_io(5)); on the source also rsync's last line
+progress() {
+    folder "$1"
+    for pid in $(cat "$D/pids"); do
+        for one in $pid $(cat "/proc/$pid/task/$pid/children" 2>/dev/null); do
+            cat "/proc/$one/stat" "/proc/$one/io" 2>/dev/null
+        done
+    done | cksum
+    tail -c 300 "$D/progress" 2>/dev/null | tr '\r' '\n' | grep % | tail -1
+}
 
 # ---- comparing ----
 

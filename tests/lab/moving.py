@@ -143,6 +143,14 @@ def _killed_rsync(which: str) -> Act:
     return do
 
 
+def _hanging_rsync(which: str) -> Act:
+    def do(scene: Scene) -> None:
+        host = getattr(scene, which)
+        eventually(lambda: scene.project.sh(host, "pkill -STOP -x rsync && echo yes || true"), 30, "rsync runs there")
+
+    return do
+
+
 def _gone(which: str) -> Act:
     return lambda scene: scene.project.stop(getattr(scene, which))
 
@@ -253,6 +261,7 @@ HANG_UP = "pkill -x sshd-session"
 FAULTS = {
     "rsync killed on the source": Fault("prepare", _killed_rsync("source"), slow=True),
     "rsync killed on the target": Fault("prepare", _killed_rsync("target"), slow=True, ends=("moved",)),
+    "rsync hangs on the target": Fault("prepare", _hanging_rsync("target"), slow=True, ends=("moved",)),
     "the way between them cut for a moment": Fault("prepare", _cut(5), slow=True, ends=("moved",)),
     "the way between them cut": Fault("prepare", _cut(60), slow=True, ends=("undone",)),
     "target full": Fault("prepare", _fill, _large_disk, slow=True, prepare=_small_disk, ends=("undone",)),

@@ -570,3 +570,9 @@ def test_every_step_says_what_it_does_and_its_phase_never_goes_back(data: bool) 
     assert [order.index(step.phase) for step in found] == sorted(order.index(step.phase) for step in found)
     assert all((step.undo is None) == step.phase.is_forward_only for step in found)
     assert {step.name for step in found} <= set(dir(model.Acts))
+
+
+def test_a_copy_stands_still_when_nothing_has_changed_for_so_long() -> None:
+    still = model.Standstill(30)
+    seen = [("a", 100), ("a", 129), ("b", 130), ("b", 159.9), ("b", 160), ("b", 170), ("c", 171)]
+    assert [still.reached(signs, now) for signs, now in seen] == [False] * 4 + [True, True, False]

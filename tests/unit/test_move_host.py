@@ -447,6 +447,33 @@ def test_mails_of_two_names_that_vanish_while_they_are_copied(run, copy, volume:
     assert manifest(run, volume, "one") == manifest(run, there, "two")
 
 
+def test_a_copy_that_stands_still_is_seen_and_ended(run, copy, tmp_path: Path, volume: Path) -> None:  # type: ignore[no-untyped-def]
+    _, there = copy
+    (tmp_path / "bin" / "ssh").write_text("#!/bin/sh\nexec cat\n")  # who says nothing
+    pids = tmp_path / "run" / "swarmmail-move-id1" / "pids"
+    pids.write_text("")
+    results: list[subprocess.CompletedProcess[str]] = []
+    going = threading.Thread(target=lambda: results.append(run("pass", "id1", "yes", 0, "x@y", 0, f"{volume}={there}")))
+    going.start()
+
+    def signs() -> str:
+        time.sleep(0.5)
+        return str(run("progress", "id1").stdout.splitlines()[0])
+
+    deadline = time.monotonic() + 20
+    while not (words := pids.read_text().split()) or signs() != signs():
+        assert time.monotonic() < deadline
+    [ssh] = Path(f"/proc/{words[-1]}/task/{words[-1]}/children").read_text().split()
+    before = signs()
+    assert signs() == before
+    os.kill(int(ssh), signal.SIGKILL)
+    assert signs() != before
+    assert run("end", "id1").returncode == 0
+    going.join(10)
+    assert results[0].returncode not in (0, 24)
+    assert run("end", "gone").returncode == 3
+
+
 def test_what_such_a_pass_misses_is_found_by_the_comparison(run, copy, volume: Path) -> None:  # type: ignore[no-untyped-def]
     """What is below a folder that got another name has not changed itself."""
     one, there = copy
