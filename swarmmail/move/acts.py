@@ -54,6 +54,7 @@ TIMED_OUT = 30
 """Exit status of rsync(1): nothing came for too long."""
 BROKEN = frozenset((10, 12, TIMED_OUT, 35, 255))
 """Exit statuses of rsync(1) and ssh(1) that mean the connection: it is made again, and the copy goes on."""
+LIVE_PASS, LINKS_PASS, LAST_PASS = "live", "links", "last"
 VANISHED = 24
 """A file went away while it was copied: nothing wrong while the service runs."""
 MARGIN = 2
@@ -145,6 +146,8 @@ class HostActs:
         """Contents of files that are younger are compared: seconds, by the source's clock."""
         self._copied = 0
         """When the last one began that came to its end."""
+        self._linked = 0
+        """Names of one file are one on the target, too, if it has not changed since: seconds, by the source's clock."""
         self._stopped_at: float | None = None
         self._here = ""
         """The source's manifest, made when it had stopped."""
@@ -317,22 +320,27 @@ class HostActs:
         if not self.hooks.live_copy:
             return
         while another_pass(self.passes):
-            done = self._pass("copy", live=True)
+            done = self._pass("copy", LIVE_PASS)
             self.passes = (*self.passes, done)
             report.progress(
                 f"pass {len(self.passes)}: {done.files} files, {done.bytes / 1e6:.1f} MB in {done.seconds:.1f} s",
                 self.source.name,
             )
+        with contextlib.suppress(HostError):  # a name has vanished: the last pass has more to do
+            since = max(0, self._copied - MARGIN)
+            self._pass("link", LINKS_PASS, since)
+            self._linked = since
         verb(self.target, "flush", self.paths(self.target)[0], step="write the copy to the disk", timeout=600)
 
-    def _pass(self, step: str, live: bool, since: int = 0) -> Pass:
+    def _pass(self, step: str, mode: str, since: int = 0) -> Pass:
         """One pass. A connection that breaks is made again, and a copy that stands still is ended and begun again; what
         is there already is not sent again.
 
         Args:
-            since: look only at what has changed from then on (seconds, by the source's clock); 0: at everything.
+            mode: see ``pass`` in ``host.sh``.
+            since: seconds, by the source's clock.
         """
-        move = self.move
+        move, live = self.move, mode != LAST_PASS
         pairs = self.paths(self.source)
         assert pairs == self.paths(self.target) or len(pairs) == len(self.paths(self.target))
 
@@ -344,8 +352,9 @@ class HostActs:
                 self.source,
                 "pass",
                 move.id,
-                "yes" if live else "no",
+                mode,
                 since,
+                self._linked,
                 self._where,
                 self.bwlimit,
                 *[f"{a}={b}" for a, b in zip(pairs, self.paths(self.target), strict=True)],
@@ -378,7 +387,7 @@ class HostActs:
         if not result.ok and not (live and result.status == VANISHED):
             said = (result.stderr.strip().splitlines() or [f"exit status {result.status}"])[0]
             raise HostError(f"the copy failed: {said}", host=self.source.name, step=step)
-        if (clock := re.search(r"^began (\d+)$", result.stdout, re.M)) is not None:
+        if mode != LINKS_PASS and (clock := re.search(r"^began (\d+)$", result.stdout, re.M)) is not None:
             self._copied = int(clock[1])
             self._copying_since = self._copying_since or self._copied
         numbers = [int(n.replace(",", "")) for n in re.findall(r": ([\d,]+)", result.stdout)]
@@ -429,7 +438,7 @@ class HostActs:
         self._waiting = self._up()
         self.hooks.ready()
         if self.hooks.live_copy:
-            self._pass("copy", live=True)  # so that the last one has seconds to catch up with, not a minute
+            self._pass("copy", LIVE_PASS)  # so that the last one has seconds to catch up with, not a minute
 
     # -- stop --
 
@@ -450,7 +459,7 @@ class HostActs:
         self._changed = self._copying_since - MARGIN if self._copying_since else FUTURE
         with ThreadPoolExecutor(1) as pool:  # the source rests by now: it can be listed meanwhile
             here = pool.submit(self._manifest, self.source)
-            done = self._pass("last copy", live=False, since=max(0, self._copied - MARGIN))
+            done = self._pass("last copy", LAST_PASS, max(0, self._copied - MARGIN))
         self._here = here.result()
         report.progress(
             f"last pass: {done.files} files, {done.bytes / 1e6:.1f} MB in {done.seconds:.2f} s", self.source.name
@@ -460,7 +469,7 @@ class HostActs:
         there = self._manifest(self.target)
         if there != self._here and self.hooks.live_copy:
             report.progress("the last pass has missed something; once more, over everything", self.source.name)
-            self._pass("last copy", live=False)
+            self._pass("last copy", LAST_PASS)
             there = self._manifest(self.target)
         if there != self._here:
             raise HostError(

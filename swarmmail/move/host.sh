@@ -231,38 +231,52 @@ connect() {
 
 GONE='^rsync: \[sender\] .* No such file or directory (2)$'
 
-# pass ID LIVE SINCE WHERE BWLIMIT PATH=PATH-THERE...: copy what differs. SINCE: only what has changed from then on, in seconds of
-# this host's clock, by the time that the kernel itself keeps (ctime); a folder counts, with what is right in it, when a name in it
-# came or went. 0: everything. LIVE: yes while the service runs. Then names of one file are copied as files of their own, and only
-# the pass after its stop, which looks at each of them, makes them one again: with -H, rsync 3.5.0 waits for ever when such a name
-# vanishes meanwhile and there are more than a thousand files (a mail that an IMAP client copies, then marks, has two names), and
-# its --timeout does not end that. Prints "began SECONDS" and rsync's statistics; exit status as rsync's (24: files went away, nothing else).
+# pass ID MODE SINCE LINKED WHERE BWLIMIT PATH=PATH-THERE...: copy what differs. Times are seconds of this host's clock, by the time
+# that the kernel itself keeps (ctime). Prints "began SECONDS" and rsync's statistics; exit status as rsync's (24: files went away,
+# nothing else). MODE:
+#   live    all, while the service runs. Names of one file are copied as files of their own: with -H, rsync 3.5.0 waits for ever when
+#           such a name vanishes meanwhile and there are more than a thousand files (a mail that an IMAP client copies, then marks,
+#           has two names), and its --timeout does not end that.
+#   links   while the service runs: make names of one file one again, where that file has not changed since SINCE. What it does is
+#           saved in the last pass. It does not wait for names that vanish, since it does not recurse; it may fail (2).
+#   last    what has changed since SINCE; a folder counts, with what is right in it, when a name in it came or went. And names of
+#           one file if it has changed since LINKED. 0: all.
 # --modify-window=-1: times count to the nanosecond; else a file that changed twice within a second and kept its size would be taken
 # for unchanged.
 pass() {
-    folder "$1"; live=$2 since=$3 where=$4 limit=$5 vanished=0; shift 5
-    case $live in no) links=-H ;; *) links= ;; esac
+    folder "$1"; mode=$2 since=$3 linked=$4 where=$5 limit=$6 vanished=0; shift 6
     echo "began $(date +%s)"
     echo $$ >>"$D/pids" # for `progress`: find is at work before rsync
     for pair; do
-        path=${pair%%=*} there=${pair#*=} which=
-        if [ "$since" != 0 ]; then
-            (cd "$path" && exec find . -newerct "@$since" -type d -printf '%p/\0' -o \
-                \( -newerct "@$since" -o -type f -links +1 \) -printf '%p\0') >"$D/changed" || return
-            which="--dirs --from0 --files-from=$D/changed" # with it, -a does not recurse
-        fi
-        rsync -aAXS $links $which --modify-window=-1 --numeric-ids --delete --partial-dir=.swarmmail-partial --bwlimit="$limit" --stats \
+        path=${pair%%=*} there=${pair#*=}
+        which="--dirs --from0 --files-from=$D/changed" # with it, -a does not recurse
+        case $mode,$since in
+            live,*) which= ;;
+            links,*)
+                (cd "$path" && exec find . -ignore_readdir_race -type f -links +1 ! -newerct "@$since" -printf '%p\0') >"$D/changed" || return
+                [ -s "$D/changed" ] || continue
+                which="-H $which"
+                ;;
+            last,0) which=-H ;;
+            last,*)
+                (cd "$path" && exec find . -newerct "@$since" -type d -printf '%p/\0' -o \
+                    \( -newerct "@$since" -o -type f -links +1 -newerct "@$linked" \) -printf '%p\0') >"$D/changed" || return
+                which="-H $which"
+                ;;
+        esac
+        rsync -aAXS $which --modify-window=-1 --numeric-ids --delete --partial-dir=.swarmmail-partial --bwlimit="$limit" --stats \
             --info=progress2 --exclude=/.swarmmail-volume --exclude=/.swarmmail-volume.new \
             -e "ssh -F /dev/null -S $D/ssh -o BatchMode=yes -o ProxyCommand=false" "$path/" "$where:$there/" >"$D/progress" 2>"$D/errors" &
         echo $! >>"$D/pids"
         wait $!
         status=$?
         tr '\r' '\n' <"$D/progress" | grep '^Number of regular files transferred\|^Total transferred file size'
-        # what goes away between two looks at it (its type, then its ACL; a folder before it is read) is no more than vanished
-        if [ "$status" = 23 ] && grep -q "$GONE" "$D/errors" && ! grep -qv "$GONE\|^file has vanished: \|^rsync error: \|^IO error " "$D/errors"; then
+        # what goes away between two looks at it (its type, then its ACL; a folder before it is read) is no more than vanished;
+        # rsync begins a line anew where it shows progress
+        if [ "$status" = 23 ] && grep -q "$GONE" "$D/errors" && ! grep -qv "$GONE\|^file has vanished: \|^rsync error: \|^IO error \|^$" "$D/errors"; then
             status=24
         fi
-        [ "$status" = 0 ] || { grep -v '^rsync error' "$D/errors" | head -3 >&2; tail -1 "$D/errors" >&2; }
+        [ "$status" = 0 ] || { grep -v '^rsync error\|^$' "$D/errors" | head -3 >&2; tail -1 "$D/errors" >&2; }
         case $status in 0) ;; 24) vanished=24 ;; *) return "$status" ;; esac # the next volume counts, too
     done
     return "$vanished"

@@ -300,7 +300,7 @@ def test_contents_are_compared_of_what_changed_and_of_certain_names(  # type: ig
 
 @pytest.fixture
 def copy(run, tmp_path: Path, volume: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """``copy(since, live)``: one pass into another folder, as over SSH; what it printed. Returns that folder, too."""
+    """``copy(since, mode, linked)``: a pass into another folder, as over SSH; what it printed. Also that folder."""
     there = tmp_path / "volumes" / "copy" / "_data"
     there.mkdir(parents=True)
     programs = tmp_path / "bin"
@@ -311,9 +311,9 @@ def copy(run, tmp_path: Path, volume: Path, monkeypatch: pytest.MonkeyPatch):  #
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     (tmp_path / "run" / "swarmmail-move-id1").mkdir()
 
-    def one(since: int, live: str = "no") -> str:
-        done = run("pass", "id1", live, since, "x@y", 0, f"{volume}={there}")
-        assert done.returncode in ((0, 24) if live == "yes" else (0,)), done.stderr
+    def one(since: int, mode: str = "last", linked: int = 0) -> str:
+        done = run("pass", "id1", mode, since, linked, "x@y", 0, f"{volume}={there}")
+        assert done.returncode in ({"live": (0, 24), "links": (0, 2, 24), "last": (0,)}[mode]), done.stderr
         return str(done.stdout)
 
     yield one, there
@@ -335,6 +335,7 @@ NOT_THERE = 'rsync: [receiver] mkstemp "/v/_data/a/.1.x" failed: No such file or
     ("says", "status"),
     [
         ((GONE,), 24),
+        (("", GONE, "", 'file has vanished: "/v/_data/a/x"'), 24),
         ((UNREAD, SKIPS, 'file has vanished: "/v/_data/a/x"'), 24),
         ((GONE, NO_RIGHT), 23),
         ((GONE, NOT_THERE), 23),
@@ -352,9 +353,9 @@ def test_what_went_away_while_it_was_looked_at_has_only_vanished(  # type: ignor
     rsync = tmp_path / "bin" / "rsync"
     rsync.write_text(f"#!/bin/sh\ncat {tmp_path}/said >&2\nexit 23\n")
     rsync.chmod(0o755)
-    done = run("pass", "id1", "no", 0, "x@y", 0, f"{volume}={there}")
+    done = run("pass", "id1", "last", 0, 0, "x@y", 0, f"{volume}={there}")
     assert done.returncode == status
-    assert (says or (last,))[0] in done.stderr
+    assert next(line for line in (*says, last) if line) in done.stderr and "\n\n" not in done.stderr
 
 
 @pytest.mark.parametrize(("status", "passes"), [(24, 2), (23, 1), (12, 1)])
@@ -366,7 +367,7 @@ def test_what_vanished_in_one_volume_does_not_leave_out_the_next(  # type: ignor
     rsync.write_text(f"#!/bin/sh\necho once >>{tmp_path}/log\nexit {status}\n")
     rsync.chmod(0o755)
     pair = f"{volume}={there}"
-    assert run("pass", "id1", "no", 0, "x@y", 0, pair, pair).returncode == status
+    assert run("pass", "id1", "last", 0, 0, "x@y", 0, pair, pair).returncode == status
     assert (tmp_path / "log").read_text() == "once\n" * passes
 
 
@@ -426,24 +427,47 @@ def test_mails_of_two_names_that_vanish_while_they_are_copied(run, copy, volume:
         (volume / user / "cur").mkdir(parents=True)
         for number in range(500):
             (volume / user / "cur" / f"{number}").write_text(f"{user} {number}")
-    os.link(volume / "ann" / "cur" / "1", volume / "bob" / "cur" / "of ann")
+    old, new = (there / "bob" / "cur" / name for name in ("of ann", "of cid"))
+    os.link(volume / "ann" / "cur" / "1", volume / "bob" / "cur" / old.name)
     for folder in ("cur", ".Kept/cur", ".Kept/tmp"):
         (volume / "eve" / folder).mkdir(parents=True)
     stop = threading.Event()
     mailbox = threading.Thread(target=churn, args=(volume, stop))
     mailbox.start()
     try:
-        time.sleep(0.3)
+        time.sleep(1.1)
         for _ in range(3):
-            began = int(one(0, live="yes").split()[1])
-            assert (there / "bob" / "cur" / "of ann").stat().st_nlink == 1
+            began = int(one(0, mode="live").split()[1])
+            assert old.stat().st_nlink == 1
             shutil.rmtree(there / "eve")  # what is there already is not asked for again
-        one(0, live="yes")
+        one(0, mode="live")
+        for _ in range(3):
+            one(began, mode="links")
+        os.link(volume / "cid" / "cur" / "1", volume / "bob" / "cur" / new.name)
+        last = int(one(0, mode="live").split()[1])
     finally:
         stop.set()
         mailbox.join()
-    one(began - 1)
-    assert (there / "bob" / "cur" / "of ann").stat().st_nlink == 2
+    assert (old.stat().st_nlink, new.stat().st_nlink) == (2, 1)
+    one(last - 1, linked=began)
+    assert (old.stat().st_nlink, new.stat().st_nlink) == (2, 2)
+    assert manifest(run, volume, "one") == manifest(run, there, "two")
+
+
+def test_names_of_one_file_are_looked_at_in_the_last_pass_only_if_it_has_changed(run, copy, volume: Path) -> None:  # type: ignore[no-untyped-def]
+    one, there = copy
+    for name in ("a", "b"):
+        (volume / name).write_text(name)
+        os.link(volume / name, volume / f"{name}{name}")
+    one(0, mode="live")
+    (there / "aa").unlink()  # nobody but the last pass could tell
+    time.sleep(1.1)
+    now = int(time.time())
+    assert "transferred" not in one(now - 5, mode="links"), "too young"
+    one(now, linked=now)
+    assert not (there / "aa").exists() and (there / "b").stat().st_nlink == 1
+    one(now, linked=0)
+    assert (there / "aa").stat().st_nlink == (there / "b").stat().st_nlink == 2
     assert manifest(run, volume, "one") == manifest(run, there, "two")
 
 
@@ -453,7 +477,9 @@ def test_a_copy_that_stands_still_is_seen_and_ended(run, copy, tmp_path: Path, v
     pids = tmp_path / "run" / "swarmmail-move-id1" / "pids"
     pids.write_text("")
     results: list[subprocess.CompletedProcess[str]] = []
-    going = threading.Thread(target=lambda: results.append(run("pass", "id1", "yes", 0, "x@y", 0, f"{volume}={there}")))
+    going = threading.Thread(
+        target=lambda: results.append(run("pass", "id1", "live", 0, 0, "x@y", 0, f"{volume}={there}"))
+    )
     going.start()
 
     def signs() -> str:
