@@ -41,7 +41,7 @@ need_python() {
     PATH=$root/.venv/bin:$PATH
     export PATH
     # fab itself writes no bytecode (invoke's --write-pyc): each would compile everything again, 0.15 s
-    python -m compileall -q swarmmail
+    python -m compileall -q swarmmail || true
 }
 
 # Docker: the machine's own if it answers; else one is started, and its process id is left in .docker-pid so that who

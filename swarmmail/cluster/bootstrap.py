@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -70,12 +70,22 @@ _observe_patiently = tenacity.Retrying(
 )
 
 
-def _say_once(state: tenacity.RetryCallState) -> None:
-    if state.attempt_number == 1:
-        report.progress(f"no manager leads the Swarm; waiting {lock.ELECTION:g} s at most for them to elect one")
+def after_the_election(look: Callable[[], Observed], seconds: float = lock.ELECTION) -> Observed:
+    """What ``look`` sees, tried for so many seconds while the managers are about to elect a leader.
 
+    Raises:
+        NoManager: as ``look`` does.
+    """
 
-after_the_election = _observe_patiently.copy(retry=tenacity.retry_if_exception_type(Electing), before_sleep=_say_once)
+    def say(state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1:
+            report.progress(f"no manager leads the Swarm; waiting {seconds:g} s at most for them to elect one")
+
+    return _observe_patiently.copy(
+        retry=tenacity.retry_if_exception_type(Electing),
+        stop=tenacity.stop_after_delay(seconds),
+        before_sleep=say,
+    )(look)
 
 
 def _refresh(fleet: Fleet, before: Observed) -> Observed:

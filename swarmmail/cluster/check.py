@@ -37,6 +37,7 @@ from swarmmail.model.errors import HostError, InputError, SwarmmailError
 from swarmmail.model.facts import HostFacts
 from swarmmail.model.findings import Finding, Level
 from swarmmail.model.inventory import Inventory
+from swarmmail.model.patience import patient
 from swarmmail.model.placement import known_host
 from swarmmail.model.stack import read
 from swarmmail.model.swarm import Swarm
@@ -46,6 +47,7 @@ _AGENT = resources.files(__package__).joinpath("probe.py").read_bytes()
 STEP = "check pairs"
 TRANSFER = 7  # seconds for 1 MB, once connected
 PATIENCE = TRANSFER + 21  # seconds for the answer: the agent tries for 17 to connect
+ELECTION = patient(30)  # seconds to wait for one: what keeps managers apart is seen by looking between the hosts
 LIFE = 80  # seconds: an agent whose operator is gone ends itself
 
 
@@ -125,7 +127,7 @@ def _observe(fleet: Fleet, problems: list[SwarmmailError]) -> Observed:
         return Observed(facts, bootstrap.look_at_swarm(fleet, facts))
 
     try:
-        return bootstrap.after_the_election(look)
+        return bootstrap.after_the_election(look, ELECTION)
     except SwarmmailError as error:
         problems.append(error)
         return Observed(facts)

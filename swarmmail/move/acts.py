@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -48,12 +49,14 @@ COPY_LIMIT = 24 * 3600  # seconds for one pass
 STANDBY_LIMIT = patient(60)  # seconds for a task to be up and waiting
 REVIVE_LIMIT = patient(30)
 ENDED_LIMIT = patient(30)
-STANDSTILL = patient(30)  # seconds; a disk or a way that is slow does something meanwhile, a hanging rsync nothing
+STANDSTILL = 30  # seconds; a host, a disk, or a way that is slow does something meanwhile, a hanging rsync nothing
+LOOK = 2  # seconds between two looks at a copy
 GRACE = 10  # seconds for the service to end by itself
 TIMED_OUT = 30
 """Exit status of rsync(1): nothing came for too long."""
 BROKEN = frozenset((10, 12, TIMED_OUT, 35, 255))
-"""Exit statuses of rsync(1) and ssh(1) that mean the connection: it is made again, and the copy goes on."""
+"""Exit statuses of rsync(1) and ssh(1) that mean the connection, or what stands still: it is made again, and the copy
+goes on."""
 LIVE_PASS, LINKS_PASS, LAST_PASS = "live", "links", "last"
 VANISHED = 24
 """A file went away while it was copied: nothing wrong while the service runs."""
@@ -101,6 +104,16 @@ def measure(host: Host, volumes: tuple[str, ...]) -> Measured:
 def close(host: Host) -> None:
     """Remove the keys, connections and copies under way of every move."""
     verb(host, "close", host.spec.user, step="remove what a move left")
+
+
+@dataclass
+class _Watched:
+    """A pass, between who waits for its end and who looks whether it goes on."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    running: bool = False
+    stood_still: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
 
 
 class HostActs:
@@ -326,11 +339,13 @@ class HostActs:
                 f"pass {len(self.passes)}: {done.files} files, {done.bytes / 1e6:.1f} MB in {done.seconds:.1f} s",
                 self.source.name,
             )
-        with contextlib.suppress(HostError):  # a name has vanished: the last pass has more to do
-            since = max(0, self._copied - MARGIN)
+        since = max(0, self._copied - MARGIN)
+        try:
             self._pass("link", LINKS_PASS, since)
             self._linked = since
-        verb(self.target, "flush", self.paths(self.target)[0], step="write the copy to the disk", timeout=600)
+        except HostError as error:  # most likely a name has vanished
+            report.progress(f"hard links are left for the last pass: {error.what}", self.source.name)
+        verb(self.target, "settle", *self.paths(self.target), step="write the copy to the disk", timeout=600)
 
     def _pass(self, step: str, mode: str, since: int = 0) -> Pass:
         """One pass. A connection that breaks is made again, and a copy that stands still is ended and begun again; what
@@ -344,10 +359,12 @@ class HostActs:
         pairs = self.paths(self.source)
         assert pairs == self.paths(self.target) or len(pairs) == len(self.paths(self.target))
 
-        ended, stood_still = threading.Event(), threading.Event()
-        ending = threading.Lock()  # who ends a copy must not meet the next one
+        watched, stalls = _Watched(), 0
 
         def once() -> Result:
+            nonlocal stalls
+            with watched.lock:
+                watched.running, watched.stood_still = True, False
             result = verb(
                 self.source,
                 "pass",
@@ -363,27 +380,32 @@ class HostActs:
                 check=False,
             )
             what = "the connection to the target broke"
-            with ending:
-                if stood_still.is_set():
-                    stood_still.clear()
+            with watched.lock:
+                watched.running = False
+                if watched.stood_still and not result.ok:
+                    stalls += 1
                     what = f"it stood still for {STANDSTILL:g} s"
                     result = Result(TIMED_OUT, result.stdout, what)
-            if result.status in BROKEN:
-                report.progress(f"copy: {what}; once more", self.source.name)
+            if again(result):
+                report.progress(f"{step}: {what}; once more", self.source.name)
                 self._connected()
             return result
 
+        def again(result: Result) -> bool:
+            """While the service is away, it is not waited for a third time."""
+            return result.status in BROKEN and (live or stalls < 2)
+
         began = time.monotonic()
-        threading.Thread(target=self._watch, args=(ended, ending, stood_still, live), daemon=True).start()
+        threading.Thread(target=self._watch, args=(watched, live), daemon=True).start()
         try:
             result: Result = tenacity.Retrying(
-                retry=tenacity.retry_if_result(lambda result: result.status in BROKEN),
+                retry=tenacity.retry_if_result(again),
                 stop=tenacity.stop_after_attempt(5),
                 wait=tenacity.wait_exponential(0.2, max=5),
                 retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
             )(once)
         finally:
-            ended.set()
+            watched.ended.set()
         if not result.ok and not (live and result.status == VANISHED):
             said = (result.stderr.strip().splitlines() or [f"exit status {result.status}"])[0]
             raise HostError(f"the copy failed: {said}", host=self.source.name, step=step)
@@ -393,10 +415,10 @@ class HostActs:
         numbers = [int(n.replace(",", "")) for n in re.findall(r": ([\d,]+)", result.stdout)]
         return Pass(time.monotonic() - began, sum(numbers[0::2]), sum(numbers[1::2]))
 
-    def _watch(self, ended: threading.Event, ending: threading.Lock, stood_still: threading.Event, show: bool) -> None:
+    def _watch(self, watched: _Watched, show: bool) -> None:
         """While a pass is under way: how far it is, and whether it goes on at all."""
         still = Standstill(STANDSTILL)
-        while not ended.wait(2):
+        while not watched.ended.wait(LOOK):
             with contextlib.suppress(SwarmmailError):
                 said = [
                     verb(host, "progress", self.move.id, step="progress", check=False).stdout.splitlines()
@@ -404,14 +426,20 @@ class HostActs:
                 ]
                 if still.reached([lines[:1] for lines in said], time.monotonic()):
                     still = Standstill(STANDSTILL)
-                    with ending:
-                        stood_still.set()
-                        for host in (self.source, self.target):
-                            verb(host, "end", self.move.id, step="end a copy that stands still")
+                    self._end(watched)
                 elif show and len(words := " ".join(said[0][1:]).split()) > 3:
                     report.progress(
                         f"copy: {words[0]} bytes, {words[1]}, {words[2]}, {words[3]} left", self.source.name
                     )
+
+    def _end(self, watched: _Watched) -> None:
+        """A pass that stands still, if it has not just ended by itself: its next try must not be met."""
+        with watched.lock:
+            if watched.running:
+                watched.stood_still = True
+                for host in (self.source, self.target):
+                    with contextlib.suppress(SwarmmailError):
+                        verb(host, "end", self.move.id, step="end a copy that stands still")
 
     def _up(self) -> int:
         """With the label, the service is up and well on the target: its first process there."""
@@ -454,7 +482,7 @@ class HostActs:
         verb(self.source, "stop", self.move.id, port, GRACE, names, *self._first, step="stop the source", timeout=60)
 
     def final(self) -> None:
-        """What has changed since the last pass began; the comparison finds what that should miss."""
+        """What has changed since the last pass began, and hard links; the comparison finds what that should miss."""
         # without an earlier pass nothing has changed since the first, and the sample remains
         self._changed = self._copying_since - MARGIN if self._copying_since else FUTURE
         with ThreadPoolExecutor(1) as pool:  # the source rests by now: it can be listed meanwhile
@@ -476,8 +504,8 @@ class HostActs:
                 f"the copy differs from {self.source.name}: {self._difference()}",
                 host=self.target.name,
                 step="compare",
-                hint="nothing was lost; run the same command again; if it differs again, without what is left of an "
-                "older copy: fab migrate.purge",
+                hint="nothing was lost; run the same command again; if it differs again, without the copy that is "
+                "there: fab migrate.purge",
             )
         entries = [line.split() for line in there.splitlines()]
         self.lines.append(

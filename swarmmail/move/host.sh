@@ -10,12 +10,13 @@ folder() { D=/run/swarmmail-move-$1; [ -d "$D" ] || refuse "this move was ended 
 
 # ---- volumes and markers ----
 
-# measure PATH...: "bytes files free free-inodes" over all of them; a path that is not there counts as empty
+# measure PATH...: "bytes files free free-inodes" over all of them; a path that is not there counts as empty. A file of several
+# names counts for each: so it is copied at first.
 measure() {
     bytes=0 files=0 free= inodes=
     for path; do
         if [ -d "$path" ]; then
-            bytes=$((bytes + $(du -sB1 "$path" | cut -f1))) files=$((files + $(find "$path" | wc -l)))
+            bytes=$((bytes + $(du -lsB1 "$path" | cut -f1))) files=$((files + $(find "$path" | wc -l)))
         fi
         while [ ! -d "$path" ]; do path=${path%/*}; done
         free=$(df -B1 --output=avail "$path" | tail -1) inodes=$(df --output=iavail "$path" | tail -1)
@@ -134,16 +135,36 @@ keys_file() {
     case ${file:=.ssh/authorized_keys} in /*) echo "$file" ;; *) echo "$home/$file" ;; esac
 }
 
-# end_copies FOLDER: copies that are under way, on either side
+# is_copy PID: whether a process belongs to a copy: its number may be another's by now
+is_copy() { tr '\0' ' ' <"/proc/$1/cmdline" | grep -q '^rsync \|^sudo -n rsync \|^sh -s -- pass \|swarmmail-move'; } 2>/dev/null
+
+# family PID...: they and all their descendants: rsync works with two processes, below sudo with three
+family() {
+    for one; do
+        echo "$one"
+        family $(cat "/proc/$one/task/$one/children" 2>/dev/null)
+    done
+}
+
+# copies FOLDER: the processes of copies that are under way, on either side
+copies() {
+    for pid in $(cat "$1/pids" 2>/dev/null); do
+        is_copy "$pid" && family "$pid"
+    done
+}
+
+# end_copies FOLDER: end those, also one that is stopped
 end_copies() {
-    for pid in $(cat "$1"/pids 2>/dev/null); do
-        tries=0
-        while tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -q '^rsync \|^sudo -n rsync \|swarmmail-move'; do
-            if [ "$tries" -lt 100 ]; then kill -TERM "$pid" 2>/dev/null; else kill -KILL "$pid" 2>/dev/null; fi
-            [ "$tries" -lt 300 ] || refuse "process $pid of an earlier move does not end"
-            tries=$((tries + 1))
-            sleep 0.02
+    those=$(copies "$1") tries=0
+    while left=$(for pid in $those; do is_copy "$pid" && echo "$pid"; done); [ -n "$left" ]; do
+        if [ "$tries" -lt 100 ]; then signal=TERM; else signal=KILL; fi
+        for pid in $left; do
+            kill -$signal "$pid" 2>/dev/null
+            kill -CONT "$pid" 2>/dev/null
         done
+        [ "$tries" -lt 300 ] || refuse "process $pid of a copy does not end"
+        tries=$((tries + 1))
+        sleep 0.02
     done
 }
 
@@ -257,7 +278,7 @@ pass() {
                 [ -s "$D/changed" ] || continue
                 which="-H $which"
                 ;;
-            last,0) which=-H ;;
+            last,0) which="-H --filter=R_.swarmmail-partial/" ;; # rsync itself never removes it
             last,*)
                 (cd "$path" && exec find . -newerct "@$since" -type d -printf '%p/\0' -o \
                     \( -newerct "@$since" -o -type f -links +1 -newerct "@$linked" \) -printf '%p\0') >"$D/changed" || return
@@ -285,18 +306,19 @@ pass() {
 # addresses: this host's own, for the line that lets it in
 addresses() { ip -o addr show scope global | sed 's/.* inet6\{0,1\} \([^ /]*\).*/\1/' | sort -u; }
 
-# flush PATH: to the disk
-flush() { sync -f "$1"; }
+# settle PATH...: all of it to the disk; without what a copy that was ended began, and never came back to
+settle() {
+    for path; do
+        find "$path" -type d -name .swarmmail-partial -prune -exec rm -r {} +
+        sync -f "$path"
+    done
+}
 
 # progress ID: a number that stays the same while no process of a copy does anything here (neither works nor reads nor writes,
 # proc_pid_stat(5), proc_pid_io(5)); on the source also rsync's last line
 progress() {
     folder "$1"
-    for pid in $(cat "$D/pids"); do
-        for one in $pid $(cat "/proc/$pid/task/$pid/children" 2>/dev/null); do
-            cat "/proc/$one/stat" "/proc/$one/io" 2>/dev/null
-        done
-    done | cksum
+    for pid in $(copies "$D"); do cat "/proc/$pid/stat" "/proc/$pid/io" 2>/dev/null; done | cksum
     tail -c 300 "$D/progress" 2>/dev/null | tr '\r' '\n' | grep % | tail -1
 }
 

@@ -629,7 +629,7 @@ def test_an_election_is_waited_for_and_one_that_does_not_end_is_a_problem(
     problems: list[SwarmmailError] = []
     assert cluster._observe(None, problems).hosts["host1"].cluster == "c1"  # type: ignore[arg-type]
     assert (len(gathered), problems) == (3, [])
-    assert capsys.readouterr().err.count("waiting 60 s at most for them to elect one") == 1
+    assert capsys.readouterr().err.count(" s at most for them to elect one") == 1
     answers = [work.NoManager("without a majority", host="host3")]
     assert cluster._observe(None, problems).hosts["host1"].cluster == ""  # type: ignore[arg-type]
     assert [problem.what for problem in problems] == ["without a majority"]

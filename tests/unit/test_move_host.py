@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -154,10 +157,15 @@ def ask(serve: Path, command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "what", ["-vlHogDtpAXrSe.iLsfxCIvu --delete-during", "-ldHogDtpAXRSe.LsfxCIvu --no-r --delete"]
+    "what",
+    [
+        "-logDtpAXrSe.iLsfxCIvu --delete",
+        "-lHogDtpAXrSe.iLsfxCIvu --delete-during",
+        "-ldHogDtpAXRSe.LsfxCIvu --no-r --delete",
+    ],
 )
 def test_the_key_receives_a_copy_into_its_volume(serve: Path, volume: Path, what: str) -> None:
-    """A whole pass, and one over what has changed."""
+    """A whole pass, without and with hard links, and one over what has changed. The tests of passes use it, too."""
     options = f"{what} -@-1 --stats --numeric-ids --partial-dir .swarmmail-partial"
     done = ask(serve, f"rsync --server {options} . {volume}/")
     assert done.returncode == 0 and done.stdout.split() == ["--server", *options.split(), ".", f"{volume}/"]
@@ -198,8 +206,6 @@ def test_closing_takes_away_keys_and_copies_of_moves_and_nothing_else(run, serve
         time.sleep(0.2)
         (serve.parent / "pids").write_text(f"{copying.pid}\n{stranger.pid}\n999999999\n")
         # our child stays a zombie until it is waited for; a host's process does not
-        import threading
-
         threading.Thread(target=copying.wait, daemon=True).start()
         assert run("close", "root").returncode == 0
         assert (tmp_path / "ssh" / "keys").read_text() == OTHER + "\n"
@@ -300,16 +306,21 @@ def test_contents_are_compared_of_what_changed_and_of_certain_names(  # type: ig
 
 @pytest.fixture
 def copy(run, tmp_path: Path, volume: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """``copy(since, mode, linked)``: a pass into another folder, as over SSH; what it printed. Also that folder."""
+    """``copy(since, mode, linked)``: a pass into another folder, through the key's command; what it printed. Also that
+    folder."""
     there = tmp_path / "volumes" / "copy" / "_data"
     there.mkdir(parents=True)
+    (tmp_path / "ssh").mkdir()
+    run("open_target", "id1", "root", 24, "192.0.2.1", KEY, there)
     programs = tmp_path / "bin"
     programs.mkdir()
-    # ssh OPTION... HOST COMMAND...: the command, here
-    (programs / "ssh").write_text('#!/bin/sh\nwhile [ "$1" != rsync ]; do shift; done\nexec "$@"\n')
+    # ssh OPTION... HOST COMMAND...: a process of its own, as of sshd
+    (programs / "ssh").write_text(
+        '#!/bin/sh\nwhile [ "$1" != rsync ]; do shift; done\n'
+        f'SSH_ORIGINAL_COMMAND="$*" exec setsid sh {tmp_path}/run/swarmmail-move-id1/serve\n'
+    )
     (programs / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    (tmp_path / "run" / "swarmmail-move-id1").mkdir()
 
     def one(since: int, mode: str = "last", linked: int = 0) -> str:
         done = run("pass", "id1", mode, since, linked, "x@y", 0, f"{volume}={there}")
@@ -317,10 +328,7 @@ def copy(run, tmp_path: Path, volume: Path, monkeypatch: pytest.MonkeyPatch):  #
         return str(done.stdout)
 
     yield one, there
-    pids = tmp_path / "run" / "swarmmail-move-id1" / "pids"
-    for pid in pids.read_text().split() if pids.exists() else ():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)  # one that hangs
+    run("end", "id1")  # one that hangs
 
 
 GONE = "rsync: [sender] get_acl: sys_acl_get_file(a/cur/1.M1, ACL_TYPE_ACCESS): No such file or directory (2)"
@@ -405,19 +413,36 @@ def test_a_pass_over_what_has_changed_finds_all_that_a_service_does(run, copy, v
     assert (there / ".swarmmail-volume").read_text() == "another"
 
 
-def churn(volume: Path, stop: threading.Event) -> None:
-    """As IMAP clients do that copy mails (Dovecot links them) and mark them as read."""
-    number = 0
-    while not stop.is_set():
-        number += 1
-        mail = volume / "eve" / "cur" / f"{number}:2,"
-        mail.write_text(f"mail {number}")
-        os.link(mail, volume / "eve" / ".Kept" / "tmp" / f"{number}")
-        time.sleep(0.001)
-        (volume / "eve" / ".Kept" / "tmp" / f"{number}").rename(volume / "eve" / ".Kept" / "cur" / f"{number}:2,")
-        mail.rename(mail.with_name(f"{number}:2,S"))
-        if number > 50:
-            (volume / "eve" / ".Kept" / "cur" / f"{number - 50}:2,").unlink()
+@contextlib.contextmanager
+def churn(mailbox: Path) -> Iterator[None]:
+    """As IMAP clients do that copy mails (Dovecot links them), mark them as read, and delete them."""
+    for folder in ("cur", ".Kept/cur", ".Kept/tmp"):
+        (mailbox / folder).mkdir(parents=True)
+
+    def work() -> None:
+        for number in itertools.count():
+            mail = mailbox / "cur" / f"{number}:2,"
+            mail.write_text(f"mail {number}")
+            os.link(mail, mailbox / ".Kept" / "tmp" / f"{number}")
+            time.sleep(0.001)
+            (mailbox / ".Kept" / "tmp" / f"{number}").rename(mailbox / ".Kept" / "cur" / f"{number}:2,")
+            mail.rename(mail.with_name(f"{number}:2,S"))
+            if number >= 50:
+                (mailbox / ".Kept" / "cur" / f"{number - 50}:2,").unlink()
+            if number >= 300:
+                (mailbox / "cur" / f"{number - 300}:2,S").unlink()
+            if stop.is_set():
+                return
+
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        time.sleep(1.1)  # what was there before has another second
+        try:
+            yield
+        finally:
+            stop.set()
+    working.result()
 
 
 def test_mails_of_two_names_that_vanish_while_they_are_copied(run, copy, volume: Path) -> None:  # type: ignore[no-untyped-def]
@@ -429,13 +454,7 @@ def test_mails_of_two_names_that_vanish_while_they_are_copied(run, copy, volume:
             (volume / user / "cur" / f"{number}").write_text(f"{user} {number}")
     old, new = (there / "bob" / "cur" / name for name in ("of ann", "of cid"))
     os.link(volume / "ann" / "cur" / "1", volume / "bob" / "cur" / old.name)
-    for folder in ("cur", ".Kept/cur", ".Kept/tmp"):
-        (volume / "eve" / folder).mkdir(parents=True)
-    stop = threading.Event()
-    mailbox = threading.Thread(target=churn, args=(volume, stop))
-    mailbox.start()
-    try:
-        time.sleep(1.1)
+    with churn(volume / "eve"):
         for _ in range(3):
             began = int(one(0, mode="live").split()[1])
             assert old.stat().st_nlink == 1
@@ -445,9 +464,6 @@ def test_mails_of_two_names_that_vanish_while_they_are_copied(run, copy, volume:
             one(began, mode="links")
         os.link(volume / "cid" / "cur" / "1", volume / "bob" / "cur" / new.name)
         last = int(one(0, mode="live").split()[1])
-    finally:
-        stop.set()
-        mailbox.join()
     assert (old.stat().st_nlink, new.stat().st_nlink) == (2, 1)
     one(last - 1, linked=began)
     assert (old.stat().st_nlink, new.stat().st_nlink) == (2, 2)
@@ -472,32 +488,52 @@ def test_names_of_one_file_are_looked_at_in_the_last_pass_only_if_it_has_changed
 
 
 def test_a_copy_that_stands_still_is_seen_and_ended(run, copy, tmp_path: Path, volume: Path) -> None:  # type: ignore[no-untyped-def]
+    """Both processes of the receiver are stopped; none may write any more when it was ended."""
     _, there = copy
-    (tmp_path / "bin" / "ssh").write_text("#!/bin/sh\nexec cat\n")  # who says nothing
+    (volume / "large").write_bytes(os.urandom(3_000_000))
     pids = tmp_path / "run" / "swarmmail-move-id1" / "pids"
-    pids.write_text("")
-    results: list[subprocess.CompletedProcess[str]] = []
-    going = threading.Thread(
-        target=lambda: results.append(run("pass", "id1", "live", 0, 0, "x@y", 0, f"{volume}={there}"))
-    )
-    going.start()
+    with ThreadPoolExecutor(1) as pool:
+        going = pool.submit(run, "pass", "id1", "live", 0, 0, "x@y", 600, f"{volume}={there}")
 
-    def signs() -> str:
-        time.sleep(0.5)
-        return str(run("progress", "id1").stdout.splitlines()[0])
+        def signs() -> str:
+            time.sleep(0.5)
+            return str(run("progress", "id1").stdout.splitlines()[0])
 
-    deadline = time.monotonic() + 20
-    while not (words := pids.read_text().split()) or signs() != signs():
-        assert time.monotonic() < deadline
-    [ssh] = Path(f"/proc/{words[-1]}/task/{words[-1]}/children").read_text().split()
-    before = signs()
-    assert signs() == before
-    os.kill(int(ssh), signal.SIGKILL)
-    assert signs() != before
-    assert run("end", "id1").returncode == 0
-    going.join(10)
-    assert results[0].returncode not in (0, 24)
+        deadline = time.monotonic() + 10
+        while not list(there.glob(".large.*")):
+            assert time.monotonic() < deadline
+        assert signs() != signs(), "it works"
+        receiver = int(pids.read_text().split()[-1])
+        [writer] = map(int, Path(f"/proc/{receiver}/task/{receiver}/children").read_text().split())
+        for pid in (receiver, writer):
+            os.kill(pid, signal.SIGSTOP)
+        while signs() != signs():
+            assert time.monotonic() < deadline + 10
+        assert run("end", "id1").returncode == 0
+        for pid in (receiver, writer):
+            with contextlib.suppress(FileNotFoundError):  # or nobody has waited for it yet
+                assert Path(f"/proc/{pid}/cmdline").read_bytes() == b""
+        assert going.result(10).returncode not in (0, 24)
+    assert run("end", "id1").returncode == 0, "nothing is left to end"
     assert run("end", "gone").returncode == 3
+
+
+def test_what_an_ended_copy_had_begun_does_not_stay(run, copy, volume: Path) -> None:  # type: ignore[no-untyped-def]
+    """rsync keeps it for the next time; here the mail was marked meanwhile, and has another name."""
+    one, there = copy
+    for folder in (there, there / "new"):
+        (folder / ".swarmmail-partial").mkdir(parents=True)
+        (folder / ".swarmmail-partial" / "mail").write_text("begun")
+    (volume / "new").mkdir()
+    (volume / "new" / "mail:2,S").write_text("x")
+    one(0, mode="live")
+    assert manifest(run, volume, "one") != manifest(run, there, "two")
+    one(0)
+    assert manifest(run, volume, "one") == manifest(run, there, "two")
+    (there / "new" / ".swarmmail-partial").mkdir()
+    assert run("settle", there).returncode == 0
+    one(0, mode="live")
+    assert manifest(run, volume, "one") == manifest(run, there, "two")
 
 
 def test_what_such_a_pass_misses_is_found_by_the_comparison(run, copy, volume: Path) -> None:  # type: ignore[no-untyped-def]
