@@ -71,6 +71,17 @@ def migrate(project: Project, to: str, *words: str, service: str = "mda", **opti
     return project.fab("migrate", *given, timeout=300, **options)
 
 
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    """Until a run says a line with that in it; when it ends before, the test fails with all that it said."""
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if text in line:
+            return
+    raise AssertionError(f"it ended before it said '{text}':\n{said}")
+
+
 def has_begun(project: Project) -> bool:
     return any(c["Spec"]["Name"] == model.JOURNAL for c in project.host("host1").docker.configs())
 

@@ -9,7 +9,20 @@ import time
 import pytest
 from conftest import HOSTS, MAIL, STACK, Project, eventually
 from mailing import PASSWORD, arrives, container, deploy, forget, healed, marker, queue, send, variant, volume
-from moving import NO_PROOF, READER, USERS, call, clean, has_begun, migrate, other, place, told, with_hook
+from moving import (
+    NO_PROOF,
+    READER,
+    USERS,
+    call,
+    clean,
+    has_begun,
+    migrate,
+    other,
+    place,
+    told,
+    wait_for,
+    with_hook,
+)
 from stream import Clients, Stream, Watch, lmtp_probe, longest
 
 pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("back_to_the_beginning")]
@@ -133,10 +146,7 @@ def test_a_mailbox_that_is_hard_to_copy(mailing: Project) -> None:
     try:
         words = ("migrate", "--service", "mda", "--to", target, "--inventory", MAIL, NO_PROOF, "--times")
         process = mailing.start(*words)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if " pass 1: " in line:
-                break
+        wait_for(process, " pass 1: ")
         task = container(mailing, source, "mail_mda")
         mailing.sh(source, f"docker exec {task} doveadm mailbox rename -u {USERS[0]} big renamed", timeout=120)
         ran = mailing.finish(process, 1500)

@@ -31,6 +31,7 @@ from moving import (
     place,
     planted,
     told,
+    wait_for,
     with_hook,
 )
 from stream import Stream, Watch
@@ -89,10 +90,7 @@ def test_a_target_that_does_not_serve_is_said_and_can_be_left(mailing: Project) 
     source = place(mailing)
     target = other(source)
     process = mailing.start("migrate", "--service", "mda", "--to", target, "--inventory", MAIL, NO_PROOF)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if " s  standby: " in line:
-            break
+    wait_for(process, " s  standby: ")
     with planted(mailing, target, "mail_mda", "in iifname != lo tcp dport 24"):
         said = mailing.finish(process, 300)
         said.error(target, "is on .* and does not answer: no LMTP greeting within 20 s")
@@ -199,8 +197,7 @@ def test_a_host_that_is_lost_in_the_middle_of_a_move(mailing: Project, step: str
     target = other(source)
     lost, left = (target, source) if step == "cutover" else (source, target)
     process = mailing.start("migrate", "--service", "mda", "--to", target, "--inventory", MAIL, "--no-verify")
-    assert process.stderr is not None
-    assert any(f" s  {step}: " in line for line in process.stderr)
+    wait_for(process, f" s  {step}: ")
     process.kill()
     mailing.finish(process)
     assert has_begun(mailing)
