@@ -146,18 +146,11 @@ def _on(which: str, script: str) -> Act:
     return do
 
 
-def _killed_rsync(which: str) -> Act:
+def _rsync_gets(signal: str, which: str) -> Act:
     def do(scene: Scene) -> None:
         host = getattr(scene, which)
-        eventually(lambda: scene.project.sh(host, "pkill -9 -x rsync && echo yes || true"), 30, "rsync runs there")
-
-    return do
-
-
-def _hanging_rsync(which: str) -> Act:
-    def do(scene: Scene) -> None:
-        host = getattr(scene, which)
-        eventually(lambda: scene.project.sh(host, "pkill -STOP -x rsync && echo yes || true"), 30, "rsync runs there")
+        words = f"pkill -{signal} -x rsync && echo yes || true"
+        eventually(lambda: scene.project.sh(host, words), 30, "rsync runs there")
 
     return do
 
@@ -270,9 +263,9 @@ ANY = ("undone", "left", "moved")
 HANG_UP = "pkill -x sshd-session"
 
 FAULTS = {
-    "rsync killed on the source": Fault("prepare", _killed_rsync("source"), slow=True),
-    "rsync killed on the target": Fault("prepare", _killed_rsync("target"), slow=True, ends=("moved",)),
-    "rsync hangs on the target": Fault("prepare", _hanging_rsync("target"), slow=True, ends=("moved",)),
+    "rsync killed on the source": Fault("prepare", _rsync_gets("KILL", "source"), slow=True),
+    "rsync killed on the target": Fault("prepare", _rsync_gets("KILL", "target"), slow=True, ends=("moved",)),
+    "rsync hangs on the target": Fault("prepare", _rsync_gets("STOP", "target"), slow=True, ends=("moved",)),
     "the way between them cut for a moment": Fault("prepare", _cut(5), slow=True, ends=("moved",)),
     "the way between them cut": Fault("prepare", _cut(60), slow=True, ends=("undone",)),
     "target full": Fault("prepare", _fill, _large_disk, slow=True, prepare=_small_disk, ends=("undone",)),

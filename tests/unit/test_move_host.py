@@ -479,7 +479,8 @@ def test_names_of_one_file_are_looked_at_in_the_last_pass_only_if_it_has_changed
     (there / "aa").unlink()  # nobody but the last pass could tell
     time.sleep(1.1)
     now = int(time.time())
-    assert "transferred" not in one(now - 5, mode="links"), "too young"
+    made = int((volume / "a").stat().st_ctime)
+    assert "transferred" not in one(made - 1, mode="links"), "too young"
     one(now, linked=now)
     assert not (there / "aa").exists() and (there / "b").stat().st_nlink == 1
     one(now, linked=0)
@@ -490,7 +491,7 @@ def test_names_of_one_file_are_looked_at_in_the_last_pass_only_if_it_has_changed
 def test_a_copy_that_stands_still_is_seen_and_ended(run, copy, tmp_path: Path, volume: Path) -> None:  # type: ignore[no-untyped-def]
     """Both processes of the receiver are stopped; none may write any more when it was ended."""
     _, there = copy
-    (volume / "large").write_bytes(os.urandom(3_000_000))
+    (volume / "large").write_bytes(os.urandom(30_000_000))  # for nearly a minute, at that rate
     pids = tmp_path / "run" / "swarmmail-move-id1" / "pids"
     with ThreadPoolExecutor(1) as pool:
         going = pool.submit(run, "pass", "id1", "live", 0, 0, "x@y", 600, f"{volume}={there}")
@@ -503,7 +504,11 @@ def test_a_copy_that_stands_still_is_seen_and_ended(run, copy, tmp_path: Path, v
         while not list(there.glob(".large.*")):
             assert time.monotonic() < deadline
         assert signs() != signs(), "it works"
-        receiver = int(pids.read_text().split()[-1])
+        [receiver] = [
+            int(pid)
+            for pid in pids.read_text().split()
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"rsync\0--server\0")
+        ]
         [writer] = map(int, Path(f"/proc/{receiver}/task/{receiver}/children").read_text().split())
         for pid in (receiver, writer):
             os.kill(pid, signal.SIGSTOP)
