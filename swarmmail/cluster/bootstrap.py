@@ -403,7 +403,8 @@ for f in */_data/.swarmmail-volume; do
   text=$(dd if="$f" iflag=nofollow,nonblock bs=4096 count=1 status=none | grep -aE '^[a-z]+=') || continue
   case $text in *"node=$1"*) ;; *) continue ;; esac
   made=$(mktemp "${f%%/*}/.swarmmail.XXXXXX") || exit 1
-  { printf '%s\\n' "$text" | sed "s/^node=$1\\$/node=$2/" >"$made" && chmod 644 "$made" && mv -fT "$made" "$f"; } ||
+  { printf '%s\\n' "$text" | sed "s/^node=$1\\$/node=$2/" >"$made" && chmod 644 "$made" &&
+    sync "$made" && mv -fT "$made" "$f" && sync "${f%%/*}/_data"; } ||
     { rm -f "$made"; exit 1; }
 done
 """

@@ -3,7 +3,13 @@
 ``docker save`` is read once into a file; each host gets a copy of that archive in which the layers that it has
 already are left out. ``docker load`` looks a layer up by the hash of its chain before it opens its file
 (moby, ``image/tarexport/load.go``), so it takes such an archive; an engine that does not (the containerd image
-store) gets the whole one. See ``docs/adr/0002-images-by-save-and-load.md`` for why this and not a registry.
+store) gets the whole one.
+
+Docker does not wait until the files of a layer are on the disk: after a power cut an image is there whose programs are
+empty, and neither another load nor another pull mends it, as its layers are there (moby/moby#49784). So an image
+arrives without a name, and gets it last: **an image that has its name is whole**.
+
+See ``docs/adr/0002-images-by-save-and-load.md`` for why this and not a registry.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import tarfile
 import tempfile
 import time
@@ -23,14 +30,17 @@ from typing import IO, Any
 
 import docker
 import docker.errors
+import docker.utils
 
 from swarmmail import report
 from swarmmail.hosts.connection import Host
 from swarmmail.hosts.fleet import Fleet
+from swarmmail.model import content
 from swarmmail.model.errors import HostError, SwarmmailError
 
 LABEL = "swarmmail.image"
 BUILD_TIMEOUT = 1200  # seconds without a line of output
+FLUSH_TIMEOUT = 600  # seconds: a slow disk may have much else to write
 CHUNK = 1 << 18
 
 
@@ -50,13 +60,15 @@ class Builder:
 
     api: docker.APIClient
     name: str
+    host: Host | None = None
+    """None for this machine."""
 
 
 def builder(fleet: Fleet, where: str) -> Builder:
     """Raises SwarmmailError when this machine's Docker does not answer."""
     if where != "local":
         with fleet[where].doing("build images"):
-            return Builder(fleet[where].docker, where)
+            return Builder(fleet[where].docker, where, fleet[where])
     try:
         return Builder(docker.from_env(timeout=BUILD_TIMEOUT).api, "this machine")
     except docker.errors.DockerException as error:
@@ -107,6 +119,8 @@ def build(where: Builder, folder: Path, tag: str) -> ImageInfo:
     built = inspect(where.api, tag)
     if built is None:
         raise SwarmmailError(f"{tag} is not there after the build", host=where.name, step="build")
+    if where.host is not None:
+        _Store(where.host).flush()
     report.progress(f"built {tag} in {time.monotonic() - started:.1f} s", where.name)
     return built
 
@@ -191,9 +205,10 @@ class _Archive:
 
 
 @contextlib.contextmanager
-def _archive(api: docker.APIClient, tag: str) -> Iterator[_Archive]:
+def _archive(api: docker.APIClient, image: str) -> Iterator[_Archive]:
+    """``image``: a name, which the archive then holds, too, or an id."""
     with tempfile.TemporaryFile(prefix="swarmmail-image-") as file:
-        for chunk in api.get_image(tag, chunk_size=CHUNK):
+        for chunk in api.get_image(image, chunk_size=CHUNK):
             file.write(chunk)
         file.flush()
         yield _Archive(file)
@@ -209,9 +224,13 @@ def ship(fleet: Fleet, where: Builder, wanted: Mapping[str, Iterable[str]]) -> N
         for host in hosts:
             by_host.setdefault(host, []).append(tag)
     with contextlib.ExitStack() as stack:
+
+        def saved(tag: str) -> _Archive:
+            return stack.enter_context(_archive(where.api, where.api.inspect_image(tag)["Id"]))
+
         try:
             with ThreadPoolExecutor() as pool:
-                opened = pool.map(lambda tag: stack.enter_context(_archive(where.api, tag)), wanted)
+                opened = pool.map(saved, wanted)
                 archives = dict(zip(wanted, opened, strict=True))
         except docker.errors.DockerException as error:
             raise SwarmmailError(str(error), host=where.name, step="docker save") from error
@@ -236,25 +255,77 @@ def prune(host: Host, tag: str, keep: int = 2) -> None:
 
 def _ship_to(host: Host, archive: _Archive, tag: str) -> None:
     with host.doing(f"load {tag}"):
-        there = _shared(host.docker, archive.layers)
-        try:
-            _send(host.docker, host.name, archive, there)
-        except HostError:
-            if not there:
-                raise
-            report.progress("does not take a part of an image: the whole one is sent", host.name)
-            _send(host.docker, host.name, archive, ())
-        if inspect(host.docker, tag) is None:
-            raise HostError(f"{tag} is not there after docker load", host=host.name, step="load image")
+        store = _Store(host)
+        mark = content.digest("\n".join(archive.layers).encode())
+        was_cut = store.begin(mark)
+        _remove_leftovers(host.docker, archive.layers)
+        image = _load(host, archive)
+        if was_cut and not host.docker.inspect_image(image)["RepoTags"]:
+            # Layers that no image had are its now. They go with it, and come again.
+            host.docker.remove_image(image)
+            image = _load(host, archive)
+        store.flush()
+        host.docker.tag(image, *docker.utils.parse_repository_tag(tag))
+        store.end(mark)
+
+
+class _Store:
+    """Where a host's Docker keeps images, and a mark there for each that is being loaded: a load that was cut short may
+    have left layers without an image, of which the API shows nothing, and which another image may have, too."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        with host.doing("read Docker's folder"):
+            self.folder = shlex.quote(host.docker.info()["DockerRootDir"])
+        self.mark = f"{self.folder}/swarmmail-load-"
+
+    def begin(self, mark: str) -> bool:
+        """Whether a load had begun before, of whatever image, and did not end."""
+        script = f"ls {self.mark}* 2>/dev/null | head -1; : >{self.mark}{mark} && sync {self.mark}{mark} {self.folder}"
+        return self._run(script) != ""
+
+    def flush(self, then: str = ":") -> None:
+        """Wait until all is on the disk. The containerd image store is not in Docker's folder."""
+        self._run(f"for d in {self.folder} /var/lib/containerd; do [ ! -d $d ] || sync -f $d || exit 1; done; {then}")
+
+    def end(self, mark: str) -> None:
+        self.flush(f"rm -f {self.mark}{mark}")
+
+    def _run(self, script: str) -> str:
+        return self.host.run(script, step="write the image to the disk", timeout=FLUSH_TIMEOUT).stdout
+
+
+def _load(host: Host, archive: _Archive) -> str:
+    """Load what the host lacks of an image; its id there. Layers of an image without a name count as lacking."""
+    there = _shared(host.docker, archive.layers)
+    try:
+        return _send(host.docker, host.name, archive, there)
+    except HostError:
+        if not there:
+            raise
+        report.progress("does not take a part of an image: the whole one is sent", host.name)
+        return _send(host.docker, host.name, archive, ())
+
+
+def _remove_leftovers(api: docker.APIClient, layers: tuple[str, ...]) -> None:
+    """Remove what loads have left that were cut short: images of ours that have no name, or this very one. A later load
+    would take their layers for whole."""
+    for image in api.images(filters={"dangling": True}):
+        if LABEL in (image.get("Labels") or {}) or _layers(api, image["Id"]) == layers:
+            with contextlib.suppress(docker.errors.APIError):  # in use: so it works
+                api.remove_image(image["Id"])
+
+
+def _layers(api: docker.APIClient, image: str) -> tuple[str, ...]:
+    return tuple((api.inspect_image(image).get("RootFS") or {}).get("Layers") or ())
 
 
 def _shared(api: docker.APIClient, layers: tuple[str, ...]) -> tuple[str, ...]:
-    """The longest beginning of ``layers`` with which an image that is there begins too."""
+    """The longest beginning of ``layers`` with which an image that has a name there begins too."""
     best = 0
-    for image in api.images():
-        own = tuple((api.inspect_image(image["Id"]).get("RootFS") or {}).get("Layers") or ())
+    for image in api.images(filters={"dangling": False}):
         same = 0
-        for ours, theirs in zip(layers, own, strict=False):
+        for ours, theirs in zip(layers, _layers(api, image["Id"]), strict=False):
             if ours != theirs:
                 break
             same += 1
@@ -262,7 +333,8 @@ def _shared(api: docker.APIClient, layers: tuple[str, ...]) -> tuple[str, ...]:
     return layers[:best]
 
 
-def _send(api: docker.APIClient, name: str, archive: _Archive, leave_out: tuple[str, ...]) -> None:
+def _send(api: docker.APIClient, name: str, archive: _Archive, leave_out: tuple[str, ...]) -> str:
+    """The loaded image's id there, or its name when the archive holds one."""
     size, stream = archive.pieces(leave_out)
     spared = archive.size - size
     note = f" ({spared / 1e6:.0f} MB are there already)" if leave_out else ""
@@ -274,9 +346,14 @@ def _send(api: docker.APIClient, name: str, archive: _Archive, leave_out: tuple[
                 yield piece
 
         try:
-            answer: Any = api.load_image(counted())
-            problem = next((line["error"] for line in answer or () if "error" in line), None)
+            lines: list[dict[str, Any]] = list(api.load_image(counted()) or ())
+            problem = next((line["error"] for line in lines if "error" in line), None)
         except docker.errors.APIError as error:
             problem = str(error.explanation or error)
     if problem:
         raise HostError(problem, host=name, step="load image")
+    text = "".join(line.get("stream", "") for line in lines)
+    loaded = re.search(r"^Loaded image(?: ID)?: (\S+)$", text, re.MULTILINE)
+    if loaded is None:
+        raise HostError(f"docker load names no image: {text.strip() or 'no answer'}", host=name, step="load image")
+    return loaded[1]

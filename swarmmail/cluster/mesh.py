@@ -21,6 +21,8 @@ from swarmmail.model.mesh import CONFIG_FILE, KEY_FILE, Mesh
 from swarmmail.model.network import DATA_PORT
 
 GUARD = "/etc/swarmmail/guard"
+UNIT = "/etc/systemd/system/swarmmail-guard.service"
+DROP_IN = "/etc/systemd/system/docker.service.d/swarmmail.conf"
 NEW = f"/etc/wireguard/{MESH}.new"
 """Folder in which the configuration waits: ``wg-quick`` knows a file by its link's name."""
 
@@ -57,18 +59,22 @@ ExecStartPre={GUARD} apply
 
 _MAKE_KEY = f"""
 set -e; umask 077; mkdir -p /etc/wireguard
-[ -s {KEY_FILE} ] || {{ wg genkey >{KEY_FILE}.new; mv {KEY_FILE}.new {KEY_FILE}; }}
+[ -s {KEY_FILE} ] || {{
+  wg genkey >{KEY_FILE}.new; sync {KEY_FILE}.new; mv {KEY_FILE}.new {KEY_FILE}; sync /etc/wireguard
+}}
 wg pubkey <{KEY_FILE}
 """
 
 # A running tunnel is changed in place (wg syncconf, wg(8)): sessions of peers that stay are not cut. syncconf
 # without a PrivateKey would take the key away, so it is put back in, by files and pipes only.
 # The configuration takes its place last of all, or while the tunnel is down: should this be killed, the next run sees
-# the old one, or none at work, and does it again. One at a time: what a killed run has begun here goes on for a moment.
+# the old one, or none at work, and does it again. Without `sync` a power cut soon after leaves empty files: rename(2)
+# orders no data. One at a time: what a killed run has begun here goes on for a moment.
 _ACTIVATE = f"""
 set -e; umask 077
 exec 9>/run/{MESH}.lock; flock -w 40 9
 rm -rf {NEW}; tar -xf - -C / --no-same-owner
+sync {GUARD} {UNIT} {DROP_IN} {NEW}/{MESH}.conf
 known=$(systemctl show -p FragmentPath --value swarmmail-guard.service)
 stale=$(systemctl show -p NeedDaemonReload --value docker.service swarmmail-guard.service | grep yes || true)
 [ -n "$known" ] && [ -z "$stale" ] || systemctl daemon-reload
@@ -90,6 +96,7 @@ else
   systemctl start wg-quick@{MESH}.service || {{ journalctl -n 3 -o cat -u wg-quick@{MESH}.service >&2; exit 1; }}
 fi
 rmdir {NEW}
+sync /etc/systemd/system /etc/wireguard
 """
 
 
@@ -100,8 +107,8 @@ def files(mesh: Mesh) -> dict[str, str]:
         guard = guard.replace(name, str(value))
     return {
         GUARD: guard,
-        "/etc/systemd/system/swarmmail-guard.service": _GUARD_UNIT,
-        "/etc/systemd/system/docker.service.d/swarmmail.conf": _DOCKER_DROP_IN,
+        UNIT: _GUARD_UNIT,
+        DROP_IN: _DOCKER_DROP_IN,
     }
 
 

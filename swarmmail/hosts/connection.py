@@ -365,10 +365,12 @@ class Host:
         return words, secret
 
     def write(self, path: str, content: str | bytes, *, mode: str = "0644", step: str = "write file") -> None:
-        """Write a file whole or not at all: a new file beside it, then a rename."""
+        """Write a file whole or not at all, also when the power goes: a new file beside it, on the disk before it is
+        renamed. Without that a file is there after a power cut, and empty (rename(2) orders no data)."""
         quoted, new = shlex.quote(path), shlex.quote(path + ".swarmmail-new")
         self.run(
-            f'mkdir -p "$(dirname -- {quoted})" && umask 077 && cat > {new} && chmod {mode} {new} && mv {new} {quoted}',
+            f'd=$(dirname -- {quoted}) && mkdir -p "$d" && umask 077 && cat > {new} && chmod {mode} {new} && '
+            f'sync {new} && mv {new} {quoted} && sync "$d"',
             stdin=content,
             step=step,
         )

@@ -50,17 +50,22 @@ s mesh-port;   wg show swarmmail listen-port 2>/dev/null
 s files;       sha256sum /etc/swarmmail/guard /etc/systemd/system/swarmmail-guard.service /etc/systemd/system/docker.service.d/swarmmail.conf 2>/dev/null
 s guard;       /etc/swarmmail/guard check 2>/dev/null && echo yes
 s listening;   ss -Hltn 2>/dev/null
-# Of which overlays has this host tasks, and does Docker's own encryption select their packets?
+# Of which overlays has this host tasks, to which hosts do they send, and does Docker's own encryption take their packets?
+# In this order: Docker tells the kernel of ESP with a host before it tells the overlay of that host.
 s overlays
 tasks=
 for n in /var/run/docker/netns/1-*; do
   [ -e "$n" ] || continue
   tasks=yes
-  link=$(nsenter --net="$n" ip -d -o link show type vxlan 2>/dev/null)
+  link=$(nsenter --net="$n" sh -c 'ip -d -o link show type vxlan; bridge fdb show' 2>/dev/null)
   case $link in *" vxlan id "*) vni=${link#* vxlan id } ;; *) vni= ;; esac
-  echo "${n##*/1-} ${vni%%[!0-9]*}"
+  echo "${n##*/1-} ${vni%%[!0-9]*}" $(echo "$link" | sed -n 's/.* dst \([0-9a-f.:]*\) .*/\1/p' | sort -u)
 done
 s esp-rules;   [ -z "$tasks" ] || { iptables -w 2 -t mangle -S OUTPUT 2>/dev/null; iptables -w 2 -S INPUT 2>/dev/null; }
+# Never the keys. A program or a kernel that can't tell says nothing, rather than "none".
+s esp-peers
+[ -z "$tasks" ] || { policies=$(ip xfrm policy list 2>/dev/null) && states=$(ip xfrm state list nokeys 2>/dev/null) &&
+  { echo read; printf '%s\n' "$policies" "$states" | grep '^src '; }; }
 s volumes
 root=$(sed -n "s/.*\"data-root\": *\"\([^\"]*\)\".*/\1/p" /etc/docker/daemon.json 2>/dev/null)
 for f in "${root:-/var/lib/docker}"/volumes/*/_data/.swarmmail-volume; do

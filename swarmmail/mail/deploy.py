@@ -470,7 +470,8 @@ if [ -n "$found" ] && { [ ! -f .swarmmail-volume ] || [ -L .swarmmail-volume ]; 
 fi
 @OWN@
 made=$(mktemp ../.swarmmail.XXXXXX) || exit 1
-{ cat >"$made" && chmod 644 "$made" && mv -fT "$made" .swarmmail-volume; } || { rm -f "$made"; exit 1; }
+{ cat >"$made" && chmod 644 "$made" && sync "$made" && mv -fT "$made" .swarmmail-volume && sync .; } ||
+  { rm -f "$made"; exit 1; }
 """
 
 

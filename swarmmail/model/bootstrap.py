@@ -354,22 +354,28 @@ def _running(name: str, facts: HostFacts, design: Design) -> list[Step]:
     if design.encryption == "ipsec" and facts.esp_came_late:
         # its words would be: "required modules to install IPSEC rules are missing on host"
         return [Step(Action.START, name, "restart Docker: when it was started, the kernel had no IPsec")]
-    if _in_clear(facts, design):
-        # Docker makes them when a network gets its first task here, and never looks again.
-        overlay = design.inventory.network.name
-        return [Step(Action.START, name, f"restart Docker: its rules that encrypt {overlay} are gone")]
+    if lacking := _lacks_of_esp(facts, design):
+        return [Step(Action.START, name, f"restart Docker: {lacking} of {design.inventory.network.name} are gone")]
     return []
 
 
-def _in_clear(facts: HostFacts, design: Design) -> bool:
-    """Whether rules of Docker's own encryption lack on a host that has tasks on the overlay: a firewall's reload or a
-    flush takes them away, and everything goes on, in clear text."""
+def _lacks_of_esp(facts: HostFacts, design: Design) -> str:
+    """What lacks of Docker's own encryption on a host that has tasks on the overlay. Docker makes it when a network
+    gets its first task here, or hears of another host's, and never looks again.
+
+    A firewall's reload or a flush takes the rules away, and everything goes on, in clear text. A kernel without esp4,
+    or another program's IPsec that begins with a flush, leaves no states or policies: nothing passes."""
     swarm = design.observed.swarm
     overlay = swarm.networks.get(design.inventory.network.name) if swarm is not None else None
     if overlay is None or not overlay.encrypted or overlay.id[:10] not in facts.overlays:
-        return False
+        return ""
     vni = facts.overlays[overlay.id[:10]]
-    return not (esp.marked(facts.esp_rules, vni) and esp.guarded(facts.esp_rules, vni))
+    if not (esp.marked(facts.esp_rules, vni) and esp.guarded(facts.esp_rules, vni)):
+        return "the rules that encrypt packets"
+    lost = facts.overlay_peers.get(overlay.id[:10], frozenset()) - (facts.esp_peers or frozenset())
+    if facts.esp_peers is not None and lost:
+        return f"the ESP states or policies for {', '.join(sorted(lost))}"
+    return ""
 
 
 def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:

@@ -52,9 +52,10 @@ class End:
 
 
 def sizes(mtu: int) -> list[int]:
-    """Packet sizes in bytes to try at once: steps of 4 up to 1500, of 100 above, and the link's own."""
+    """Packet sizes in bytes to try at once: steps of 4 up to 1500, of 100 above, and the link's own. The largest first:
+    a slow host whose buffer is full by then loses the small ones, which say nothing."""
     found = set(range(SMALLEST_MTU, min(mtu, 1500) + 1, 4)) | set(range(1600, mtu + 1, 100)) | {SMALLEST_MTU, mtu}
-    return sorted(size for size in found if size <= max(mtu, SMALLEST_MTU))
+    return sorted((size for size in found if size <= max(mtu, SMALLEST_MTU)), reverse=True)
 
 
 def is_manager(m: Measured, host: str) -> bool:

@@ -21,6 +21,23 @@ def guarded(rules: Iterable[str], vni: int) -> bool:
     return any("--pol none" in rule and "-j DROP" in rule and _selects(rule, vni) for rule in rules)
 
 
+def peers(lines: Iterable[str]) -> frozenset[str]:
+    """The addresses that ESP goes to and comes from: a policy for VXLAN, and states both ways. ``lines``: those of
+    ``ip xfrm policy`` and ``ip xfrm state`` that begin an entry (ip-xfrm(8))."""
+    policies, targets, sources = set(), set(), set()
+    for line in lines:
+        found = re.match(r"src (\S+) dst (\S+)(.*)", line)
+        if found is None:
+            continue
+        source, target, rest = found.groups()
+        if "/" not in target:
+            sources.add(source)
+            targets.add(target)
+        elif "dport 4789" in rest:
+            policies.add(target.partition("/")[0])
+    return frozenset(policies & targets & sources)
+
+
 def _selects(rule: str, vni: int) -> bool:
     """By xt_bpf: the program compares (21, BPF_JEQ of a constant) with the VNI. By xt_u32: with the word that has the
     VNI in its upper 24 bits, in hexadecimal."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarmmail.model import printed
+from swarmmail.model import esp, printed
 
 IPv4Network = ipaddress.IPv4Network
 MESH = "swarmmail"
@@ -95,6 +95,10 @@ class HostFacts:
     """The overlays that the host has tasks on: the first ten characters of the network's id, to its VNI."""
     esp_rules: tuple[str, ...] = ()
     """The iptables rules among which are those of Docker's own encryption."""
+    overlay_peers: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """The same overlays, to the addresses of the hosts to which they send."""
+    esp_peers: frozenset[str] | None = None
+    """The addresses that ESP goes to and comes from; None when the host can't tell."""
     listening: frozenset[int] = frozenset()
     """TCP ports that something listens on, other than on loopback only."""
     markers: tuple[Marker, ...] = ()
@@ -120,6 +124,7 @@ def parse(name: str, text: str) -> HostFacts:
     def first(section: str) -> str:
         return next(iter(lines(section)), "")
 
+    overlays = [p for line in lines("overlays") if len(p := line.split()) > 1 and p[1].isdecimal()]
     release = _shell_values(sections.get("os", ""))
     links = [link for link in printed.json_objects(sections.get("addresses", "")) if "ifname" in link]
     addresses = {link["ifname"]: tuple(a["local"] for a in link.get("addr_info", ()) if "local" in a) for link in links}
@@ -153,7 +158,9 @@ def parse(name: str, text: str) -> HostFacts:
             files={words[1]: words[0] for line in lines("files") if len(words := line.split(None, 1)) == 2},
         ),
         units=_units(sections.get("units", "")),
-        overlays={p[0]: int(p[1]) for line in lines("overlays") if len(p := line.split()) == 2 and p[1].isdecimal()},
+        overlays={p[0]: int(p[1]) for p in overlays},
+        overlay_peers={p[0]: frozenset(p[2:]) for p in overlays if p[2:]},
+        esp_peers=esp.peers(lines("esp-peers")) if first("esp-peers") == "read" else None,
         esp_rules=tuple(line for line in lines("esp-rules") if line.startswith("-A")),
         listening=frozenset(_ports(lines("listening"))),
         markers=tuple(_markers(sections.get("volumes", ""))),

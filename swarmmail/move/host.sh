@@ -175,8 +175,11 @@ end() { folder "$1"; end_copies "$D"; }
 close() {
     keys=$(keys_file "$1")
     if grep -qs ' swarmmail-move-' "$keys"; then
-        cp -p "$keys" "$keys.swarmmail-new" && grep -v ' swarmmail-move-' "$keys" >"$keys.swarmmail-new"
-        mv "$keys.swarmmail-new" "$keys"
+        # whole or not at all: who loses lines of this file, to a full disk or with the power, gets in no more
+        { cp -p "$keys" "$keys.swarmmail-new" &&
+            { grep -v ' swarmmail-move-' "$keys" >"$keys.swarmmail-new" || [ $? = 1 ]; } &&
+            sync "$keys.swarmmail-new" && mv "$keys.swarmmail-new" "$keys"; } ||
+            { rm -f "$keys.swarmmail-new"; refuse "the key of a move can't be taken out of $keys"; }
     fi
     for dir in /run/swarmmail-move-*; do
         [ -d "$dir" ] || continue

@@ -111,14 +111,15 @@ class Verdict:
 
 
 def judge(e: Evidence) -> Verdict:
-    """Put the evidence together. The first cause is the one that explains most."""
+    """Put the evidence together. The first cause is the one that explains most; a black hole is named as one in any
+    case, after what explains it."""
     causes = [*_seen(e), *_in_force(e), *_measured(e)]
-    if not e.arrived and not any(cause.outcome == BROKEN for cause in causes):
+    if not e.arrived:
         words = f" ({e.trouble})" if e.trouble else ""
         text = f"nothing passes from {e.sender.host} to {e.receiver.host}{words}"
         if e.datagrams:
             text = f"{e.receiver.service} on {e.receiver.host} does not answer to {e.sender.host}{words}"
-        causes.insert(0, Cause("black-hole", BROKEN, text))
+        causes.append(Cause("black-hole", BROKEN, text))
     causes.sort(key=lambda cause: cause.outcome != BROKEN)
     outcome = causes[0].outcome if causes else PROVEN
     pair = f"{e.sender.service}@{e.sender.host} -> {e.receiver.service}@{e.receiver.host}"

@@ -835,6 +835,12 @@ def test_rules_that_encrypt_the_overlay_are_put_back() -> None:
     assert planned(esp_rules=()) == []  # no task of it here, so no rules
     for left in ((), (mark,), (drop,)):
         assert planned(overlays=here, esp_rules=left) == [("start", "host2")]
+    # its kernel was without esp4, or another program has flushed what Docker told it
+    rest = {"overlays": here, "esp_rules": (mark, drop), "overlay_peers": {overlay.id[:10]: frozenset({address(1)})}}
+    for peers, steps in ((None, []), (frozenset({address(1)}), []), (frozenset(), [("start", "host2")])):
+        assert planned(**rest, esp_peers=peers) == steps
+    with pytest.raises(Refused, match="does not accept an ESP state"):  # it would be in vain
+        planned(**rest, esp_peers=frozenset(), esp=False)
     # a module came after Docker had started: it would refuse each task there
     assert planned(docker_esp=True) == planned(docker_esp=None) == []
     assert planned(docker_esp=False) == [("start", "host2")]

@@ -309,10 +309,16 @@ def test_docker_has_a_socket_for_esp_when_one_of_its_own_is_of_that_family(
         ("5: vxlan0: <UP> mtu 1370 link/ether 02:42 promiscuity 1 vxlan id 4097 srcport 0 0 dstport 4789", "4097"),
         ("5: vxlan0: <UP> vxlan id 4098 dstport 4789\n6: other: <UP> vxlan id 7 dstport 4789", "4098"),
         ("5: vxlan0: <UP> mtu 1370 vxlan external dstport 4789", ""),
+        (
+            "5: vxlan0: <UP> vxlan id 4097 dstport 4789\n02:42:0a:5a:01:04 dev vxlan0 dst 192.0.2.1 self permanent\n"
+            "02:42:0a:5a:01:05 dev vxlan0 dst 192.0.2.2 self\n02:42:0a:5a:01:06 dev vxlan0 dst 192.0.2.1 self\n"
+            "02:42:0a:5a:01:07 dev br0 self permanent",
+            "4097 192.0.2.1 192.0.2.2",
+        ),
         ("", ""),
     ],
 )
-def test_the_number_of_an_overlay_is_that_of_its_link(tmp_path: Path, link: str, vni: str) -> None:
+def test_an_overlay_is_told_by_its_link_and_to_whom_it_sends(tmp_path: Path, link: str, vni: str) -> None:
     (tmp_path / "1-qh09mfvjpt").touch()
     script = SCRIPT.read_text()
     part = script[script.index("s overlays\n") : script.index("s esp-rules")]
@@ -320,6 +326,29 @@ def test_the_number_of_an_overlay_is_that_of_its_link(tmp_path: Path, link: str,
     fake = f"s() {{ :; }}\nnsenter() {{ echo '{link}'; }}\n"
     said = subprocess.run(["sh", "-c", fake + part], capture_output=True, text=True).stdout
     assert said == f"qh09mfvjpt {vni}\n"
+
+
+POLICY = "src 192.0.2.1/32 dst 192.0.2.2/32 proto udp dport 4789"
+THERE = "src 192.0.2.1 dst 192.0.2.2"
+BACK = "src 192.0.2.2 dst 192.0.2.1"
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (None, None),
+        ([], set()),
+        ([POLICY, THERE, BACK], {"192.0.2.1", "192.0.2.2"}),
+        ([POLICY], set()),
+        ([THERE, BACK], set()),
+        ([POLICY, THERE], set()),
+        (["src 192.0.2.1/32 dst 192.0.2.2/32 proto tcp dport 25", THERE, BACK], set()),
+    ],
+)
+def test_esp_with_a_host_needs_a_policy_and_states_both_ways(lines: list[str] | None, found: set[str] | None) -> None:
+    said = "@@esp-peers\n" + "\n".join(["read", *lines] if lines is not None else []) + "\n@@end\n"
+    peers = facts.parse("host1", said).esp_peers
+    assert (peers is None) == (found is None) and (not found) == (not (peers or set()) & {"192.0.2.2"})
 
 
 @pytest.mark.parametrize("end", [0, 100, len(TEXT) // 2, TEXT.index("@@end")])

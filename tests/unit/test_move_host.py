@@ -218,6 +218,14 @@ def test_closing_takes_away_keys_and_copies_of_moves_and_nothing_else(run, serve
         stranger.wait()
 
 
+def test_a_full_disk_takes_no_key_away(run, serve: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    keys = tmp_path / "ssh" / "keys"
+    before = keys.read_text()
+    done = run("close", "root", full=True)
+    assert done.returncode == 3 and "can't be taken out of" in done.stderr
+    assert keys.read_text() == before and list(keys.parent.iterdir()) == [keys]
+
+
 # ---- comparing ----
 
 

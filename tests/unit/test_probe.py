@@ -84,9 +84,9 @@ def test_what_is_sent_is_seen(address: str) -> None:
 @root
 def test_others_traffic_and_another_token_are_not_taken() -> None:
     with agent() as ask:
-        ask(me="me", token="abc", v6=False, tcp=[])
+        ask(me="me", token="own", v6=False, tcp=[])  # another test's agent may send meanwhile
         with socket.socket(type=socket.SOCK_DGRAM) as sock:
-            for data in (b"", b"x" * 100, b"sWmC", b"sWmCabd|you|udp|1|0|1.2.3.4|", b"sWmCabc|you|udp|one|0|1.2.3.4|"):
+            for data in (b"", b"x" * 100, b"sWmC", b"sWmCabd|you|udp|1|0|1.2.3.4|", b"sWmCown|you|udp|one|0|1.2.3.4|"):
                 sock.sendto(data, ("127.0.0.1", 4789))
         assert ask(do="report", wait=0.2) == {"seen": [], "largest": {}}
 
