@@ -372,10 +372,10 @@ def _lacks_of_esp(facts: HostFacts, design: Design) -> str:
     vni = facts.overlays[overlay.id[:10]]
     if not (esp.marked(facts.esp_rules, vni) and esp.guarded(facts.esp_rules, vni)):
         return "the rules that encrypt packets"
-    lost = facts.overlay_peers.get(overlay.id[:10], frozenset()) - (facts.esp_peers or frozenset())
-    if facts.esp_peers is not None and lost:
-        return f"the ESP states or policies for {', '.join(sorted(lost))}"
-    return ""
+    if facts.esp_peers is None:
+        return ""
+    lost = facts.overlay_peers.get(overlay.id[:10], frozenset()) - facts.esp_peers
+    return f"the ESP states or policies for {', '.join(sorted(lost))}" if lost else ""
 
 
 def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:

@@ -173,13 +173,13 @@ end() { folder "$1"; end_copies "$D"; }
 
 # close USER: whatever moves left on this host: keys, connections, copies under way
 close() {
-    keys=$(keys_file "$1")
+    keys=$(keys_file "$1") kept=
     if grep -qs ' swarmmail-move-' "$keys"; then
         # whole or not at all: who loses lines of this file, to a full disk or with the power, gets in no more
         { cp -p "$keys" "$keys.swarmmail-new" &&
             { grep -v ' swarmmail-move-' "$keys" >"$keys.swarmmail-new" || [ $? = 1 ]; } &&
             sync "$keys.swarmmail-new" && mv "$keys.swarmmail-new" "$keys"; } ||
-            { rm -f "$keys.swarmmail-new"; refuse "the key of a move can't be taken out of $keys"; }
+            { rm -f "$keys.swarmmail-new"; kept=yes; }
     fi
     for dir in /run/swarmmail-move-*; do
         [ -d "$dir" ] || continue
@@ -187,6 +187,8 @@ close() {
         [ -S "$dir/ssh" ] && ssh -F /dev/null -S "$dir/ssh" -O exit x 2>/dev/null
         rm -rf "$dir"
     done
+    # without its folder the key opens nothing
+    [ -z "$kept" ] || refuse "the key of a move can't be taken out of $keys"
 }
 
 # open_source ID: make the key, here, where it stays; its public half

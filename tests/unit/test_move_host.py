@@ -224,6 +224,7 @@ def test_a_full_disk_takes_no_key_away(run, serve: Path, tmp_path: Path) -> None
     done = run("close", "root", full=True)
     assert done.returncode == 3 and "can't be taken out of" in done.stderr
     assert keys.read_text() == before and list(keys.parent.iterdir()) == [keys]
+    assert not serve.parent.exists(), "the rest is cleaned up all the same"
 
 
 # ---- comparing ----
