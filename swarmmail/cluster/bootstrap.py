@@ -13,6 +13,7 @@ import tenacity
 from swarmmail import report
 from swarmmail.cluster import check, install, lock, mesh, overlay, swarm
 from swarmmail.hosts.connection import Host
+from swarmmail.hosts.dockerapi import ELECTION, at_once
 from swarmmail.hosts.facts import gather_all
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.model import bootstrap as model
@@ -64,13 +65,13 @@ def observe(fleet: Fleet, strict: bool = True) -> Observed:
 
 _observe_patiently = tenacity.Retrying(
     retry=tenacity.retry_if_exception_type(NoManager),
-    stop=tenacity.stop_after_delay(lock.ELECTION),
+    stop=tenacity.stop_after_delay(ELECTION),
     wait=tenacity.wait_fixed(0.5),
     reraise=True,
 )
 
 
-def after_the_election(look: Callable[[], Observed], seconds: float = lock.ELECTION) -> Observed:
+def after_the_election(look: Callable[[], Observed], seconds: float = ELECTION) -> Observed:
     """What ``look`` sees, tried for so many seconds while the managers are about to elect a leader.
 
     Raises:
@@ -100,8 +101,8 @@ def _refresh(fleet: Fleet, before: Observed) -> Observed:
 
 
 def look_again(fleet: Fleet, before: Observed) -> Observed:
-    """The Swarm anew, as a manager sees it; the hosts' own facts as they were."""
-    return Observed(before.hosts, look_at_swarm(fleet, before.hosts))
+    """The Swarm anew, as a manager sees it; the hosts' own facts as they were. An election is waited for."""
+    return after_the_election(lambda: Observed(before.hosts, look_at_swarm(fleet, before.hosts)))
 
 
 def look_at_swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
@@ -122,7 +123,8 @@ def look_at_swarm(fleet: Fleet, facts: Mapping[str, HostFacts]) -> Swarm | None:
         candidates = []
     for name in candidates:
         try:
-            return swarm.view(fleet[name])
+            with at_once():
+                return swarm.view(fleet[name])
         except HostError as error:
             failure = error
     if failure is not None:

@@ -16,24 +16,18 @@ import platform
 import secrets
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from getpass import getuser
 from pathlib import Path
-from typing import TypeVar
 
 import docker.errors
-import tenacity
 
 from swarmmail import report
 from swarmmail.hosts.connection import Host
+from swarmmail.hosts.dockerapi import patiently
 from swarmmail.model.errors import HostError, Locked, SwarmmailError
-from swarmmail.model.patience import patient
 
-T = TypeVar("T")
-ELECTION = patient(60)  # seconds that managers may take to elect a leader: seen to be 30
-NO_LEADER = ("does not have a leader", "lost leader status", "context deadline exceeded")
-"""What Docker says while nobody leads, or when the leader falls in the middle (the last: when a host came back)."""
 NAME = "swarmmail-lock"
 FOLDER = "/run/swarmmail-lock"
 
@@ -161,19 +155,6 @@ def release(manager: Host, swarm: bool, token: str | None) -> None:
         manager.docker.remove_config(found)
 
 
-def patiently(act: Callable[[], T]) -> T:
-    """While managers elect a leader the Swarm answers nothing; ``act`` is one that may be done again, also when the
-    leader fell in the middle of it (moby/swarmkit, raft: ErrLostLeadership) and nobody knows whether it counts. All
-    three acts on the lock are."""
-    done: T = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(lambda error: any(words in str(error) for words in NO_LEADER)),
-        stop=tenacity.stop_after_delay(ELECTION),
-        wait=tenacity.wait_fixed(0.5),
-        reraise=True,
-    )(act)
-    return done
-
-
 @contextlib.contextmanager
 def held(manager: Host, task: str, *, swarm: bool) -> Iterator[None]:
     """Hold the lock for the length of a block.
@@ -183,7 +164,7 @@ def held(manager: Host, task: str, *, swarm: bool) -> Iterator[None]:
     """
     owner = me(task)
     while not patiently(lambda: _take(manager, owner, swarm)):
-        other = patiently(lambda: read(manager, swarm))
+        other = read(manager, swarm)
         if other is not None and other.token == owner.token:
             break  # taken by a try whose answer was lost
         if other is not None and is_dead(other):

@@ -10,6 +10,7 @@ import docker.errors
 import tenacity
 
 from swarmmail.hosts.connection import Host
+from swarmmail.hosts.dockerapi import patiently
 from swarmmail.model import facts
 from swarmmail.model.bootstrap import GOSSIP_PORT
 from swarmmail.model.errors import HostError
@@ -158,14 +159,15 @@ def _overtaken(error: BaseException) -> bool:
 
 def unless_overtaken(act: Callable[[], T]) -> T:
     """Docker refuses a write whose version is old ("update out of sequence"): then ``act`` reads and writes again. It
-    must be idempotent. The Swarm itself writes, too: how an update of a service goes is a part of the service."""
-    done: T = tenacity.Retrying(
+    must be idempotent. The Swarm itself writes, too: how an update of a service goes is a part of the service. An
+    election is waited for."""
+    retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_overtaken),
         stop=tenacity.stop_after_delay(10),
         wait=tenacity.wait_random(0, 0.2),
         reraise=True,
-    )(act)
-    return done
+    )
+    return patiently(lambda: retrying.copy()(act))
 
 
 def change_node(manager: Host, node: str, change: Callable[[dict[str, Any]], None], step: str) -> None:

@@ -6,21 +6,67 @@ The SDK's own ``ssh://`` opens a second connection with host-key rules of its ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import docker
+import tenacity
 from docker.transport.basehttpadapter import BaseHTTPAdapter
 from docker.transport.sshconn import SSHConnection, SSHConnectionPool
 
+from swarmmail import report
 from swarmmail.model.patience import patient
 
 if TYPE_CHECKING:
+    import requests
+
     from swarmmail.hosts.connection import Host
 
+T = TypeVar("T")
 SESSIONS = 3
 """API requests under way at once on one host (see ``connection.SESSIONS_FOR_COMMANDS``)."""
 TIMEOUT = patient(60)  # seconds without a byte
+ELECTION = patient(60)  # seconds that managers may take to elect a leader: seen to be 30
+LEADERLESS = "does not have a leader"
+"""What Docker says of a request that no manager could take: nothing was done."""
+NO_LEADER = (LEADERLESS, "lost leader status", "context deadline exceeded")
+"""The same, or the leader fell in the middle (the last: when a host came back), and what was asked for may be done
+(moby/swarmkit, raft: ErrLostLeadership)."""
+_waits = contextvars.ContextVar("_waits", default=True)
+
+
+def _elects(text: str, words: tuple[str, ...] = NO_LEADER) -> bool:
+    return any(one in text for one in words)
+
+
+def patiently(act: Callable[[], T]) -> T:
+    """While managers elect a leader the Swarm answers nothing; ``act`` is one that may be done again, also when nobody
+    knows whether it counts. What only reads needs this not: the client waits for it (see ``_Client.request``)."""
+    done: T = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda error: _elects(str(error))),
+        stop=tenacity.stop_after_delay(ELECTION),
+        wait=tenacity.wait_fixed(0.5),
+        before_sleep=_say,
+        reraise=True,
+    )(act)
+    return done
+
+
+def _say(state: tenacity.RetryCallState) -> None:
+    if state.attempt_number == 1:
+        report.progress(f"no manager leads the Swarm; waiting {ELECTION:g} s at most for them to elect one")
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """In this block no request waits for an election: for who wants to know whether there is a leader."""
+    token = _waits.set(False)
+    try:
+        yield
+    finally:
+        _waits.reset(token)
 
 
 class _Connection(SSHConnection):  # type: ignore[misc]
@@ -89,6 +135,19 @@ class _Client(docker.APIClient):  # type: ignore[misc]
         self.base_url = "http+docker://ssh"
         self._version = self._retrieve_server_version()
 
+    def request(self, method: str, url: str, *args: Any, **options: Any) -> requests.Response:
+        """A request that an election kept from being done is made again: a reading one always, a writing one when it
+        is certain that nothing was written."""
+        words = NO_LEADER if method.upper() == "GET" else (LEADERLESS,)
+        answer: requests.Response = tenacity.Retrying(
+            retry=tenacity.retry_if_result(lambda seen: seen.status_code >= 500 and _elects(seen.text, words)),
+            stop=tenacity.stop_after_delay(ELECTION if _waits.get() else 0),
+            wait=tenacity.wait_fixed(0.5),
+            before_sleep=_say,
+            retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
+        )(super().request, method, url, *args, **options)
+        return answer
+
 
 def client(host: Host) -> docker.APIClient:
     """Raises ``docker.errors.DockerException`` when the engine does not answer."""
@@ -98,7 +157,7 @@ def client(host: Host) -> docker.APIClient:
 def update(api: docker.APIClient, kind: str, raw: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
     """Write a whole specification (``kind``: configs, services), based on the version that was read as ``raw``.
 
-    The SDK can't do it for configs, and resets what its call for services is not given.
+    The SDK can't do it for configs, and resets what its call for services is not given. Done again it is refused.
     Raises ``docker.errors.APIError``: somebody else wrote in between, for example.
     """
     url = api._url("/{0}/{1}/update", kind, raw["ID"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shlex
 import ssl
@@ -20,6 +21,7 @@ from ruamel.yaml import YAML
 
 from swarmmail import report
 from swarmmail.cluster import bootstrap, images, lock, swarm
+from swarmmail.hosts.dockerapi import patiently
 from swarmmail.hosts.facts import gather
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail import services
@@ -520,7 +522,7 @@ def _make_files(plan: Plan) -> None:
         make = api.create_config if kind == "config" else api.create_secret
         with plan.seen.manager.doing(f"make {kind} {name}"):
             try:
-                make(name, data, labels={STACK_OBJECT: plan.stack.name})
+                patiently(functools.partial(make, name, data, labels={STACK_OBJECT: plan.stack.name}))
             except docker.errors.APIError as error:
                 if "already exists" not in str(error):
                     raise

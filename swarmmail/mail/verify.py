@@ -21,6 +21,7 @@ import tenacity
 from swarmmail import report
 from swarmmail.cluster import bootstrap
 from swarmmail.hosts.connection import Host
+from swarmmail.hosts.dockerapi import at_once
 from swarmmail.hosts.facts import gather_all
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.mail import probe, services
@@ -259,7 +260,7 @@ def _absent(fleet: Fleet, hosts: Hosts, plan: Plan) -> list[Verdict]:
     if not missing or manager is None:
         return []
     try:
-        with fleet[manager].doing("read the services"):
+        with fleet[manager].doing("read the services"), at_once():
             seen = fleet[manager].docker.services()
     except HostError as error:
         return [_unknown(manager, "away", str(error))]

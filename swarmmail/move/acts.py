@@ -18,7 +18,7 @@ import docker.errors
 import tenacity
 
 from swarmmail import report
-from swarmmail.cluster import images, lock, swarm
+from swarmmail.cluster import images, swarm
 from swarmmail.hosts.connection import Host, Result
 from swarmmail.hosts.dockerapi import update
 from swarmmail.hosts.fleet import Fleet
@@ -243,13 +243,9 @@ class HostActs:
 
     def _tag(self) -> str:
         """The image that the Swarm starts the service from, whatever the stack's files say by now."""
-
-        def look() -> str:
-            with self.manager.doing(f"look at {self.move.service}"):
-                spec = self.manager.docker.inspect_service(f"{self.stack.name}_{self.move.service}")["Spec"]
-            return str(spec["TaskTemplate"]["ContainerSpec"]["Image"])
-
-        return lock.patiently(look)  # a host that is just back brings an election about
+        with self.manager.doing(f"look at {self.move.service}"):
+            spec = self.manager.docker.inspect_service(f"{self.stack.name}_{self.move.service}")["Spec"]
+        return str(spec["TaskTemplate"]["ContainerSpec"]["Image"])
 
     def _image(self) -> bool:
         """The very image that is on the source, under its tag."""
@@ -560,18 +556,18 @@ class HostActs:
         api, name = self.manager.docker, f"{self.stack.name}_{self.move.service}"
 
         def raise_it() -> None:
-            with self.manager.doing(f"raise the generation of {name}"):
-                raw = api.inspect_service(name)
-                spec = raw["Spec"]
-                container = spec["TaskTemplate"]["ContainerSpec"]
-                env = container.get("Env") or ()
-                wanted = f"SWARMMAIL_GENERATION={self.move.generation}"
-                if wanted not in env:
-                    others = [entry for entry in env if not entry.startswith("SWARMMAIL_GENERATION=")]
-                    container["Env"] = [*others, wanted]
-                    update(api, "services", raw, spec)
+            raw = api.inspect_service(name)
+            spec = raw["Spec"]
+            container = spec["TaskTemplate"]["ContainerSpec"]
+            env = container.get("Env") or ()
+            wanted = f"SWARMMAIL_GENERATION={self.move.generation}"
+            if wanted not in env:
+                others = [entry for entry in env if not entry.startswith("SWARMMAIL_GENERATION=")]
+                container["Env"] = [*others, wanted]
+                update(api, "services", raw, spec)
 
-        lock.patiently(raise_it)
+        with self.manager.doing(f"raise the generation of {name}"):
+            swarm.unless_overtaken(raise_it)
 
     def serve(self) -> None:
         pid, problem = self._waiting, ""

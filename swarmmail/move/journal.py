@@ -12,9 +12,8 @@ from typing import Any
 
 import docker.errors
 
-from swarmmail.cluster import lock
 from swarmmail.hosts.connection import Host
-from swarmmail.hosts.dockerapi import update
+from swarmmail.hosts.dockerapi import patiently, update
 from swarmmail.model.errors import Locked, Refused
 from swarmmail.model.move import JOURNAL as NAME
 from swarmmail.model.move import Move, Overtaken, Phase, decode
@@ -72,11 +71,14 @@ class Journal:
                     raise _overtaken(phase)  # somebody else wrote, before our word or right after it
                 return raw
 
-        self._raw = lock.patiently(write)
+        self._raw = patiently(write)
 
     def remove(self) -> None:
-        with self.manager.doing("remove the journal"), contextlib.suppress(docker.errors.NotFound):
-            self.manager.docker.remove_config(self._raw["ID"])
+        def once() -> None:
+            with self.manager.doing("remove the journal"), contextlib.suppress(docker.errors.NotFound):
+                self.manager.docker.remove_config(self._raw["ID"])
+
+        patiently(once)
 
 
 def _overtaken(phase: Phase) -> Overtaken:
@@ -89,12 +91,8 @@ def _overtaken(phase: Phase) -> Overtaken:
 
 def read(manager: Host) -> Journal | None:
     """The journal of a move that has not ended; None when there is none."""
-
-    def look() -> list[dict[str, Any]]:
-        with manager.doing("read the journal"):
-            return [c for c in manager.docker.configs(filters={"name": NAME}) if c["Spec"]["Name"] == NAME]
-
-    found = lock.patiently(look)
+    with manager.doing("read the journal"):
+        found = [c for c in manager.docker.configs(filters={"name": NAME}) if c["Spec"]["Name"] == NAME]
     return Journal(manager, found[0]) if found else None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import docker.errors
 import pytest
 
-from swarmmail.cluster import lock
+from swarmmail.hosts import dockerapi
 from swarmmail.model.errors import HostError
 from swarmmail.model.move import JOURNAL, Move, Overtaken, Phase
 from swarmmail.move import journal
@@ -61,7 +61,7 @@ class Manager:
                 raise docker.errors.APIError("rpc error: code = Unknown desc = update out of sequence")
             self.kept = {**self.kept, "Spec": copy.deepcopy(spec), "Version": {"Index": raw["Version"]["Index"] + 1}}
         if falls is not None:
-            raise docker.errors.APIError(f"rpc error: code = Unknown desc = {lock.NO_LEADER[1]}")
+            raise docker.errors.APIError(f"rpc error: code = Unknown desc = {dockerapi.NO_LEADER[1]}")
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import pytest
 
 from swarmmail.cluster import lock
 from swarmmail.hosts.connection import Result
+from swarmmail.hosts.dockerapi import NO_LEADER
 from swarmmail.model.errors import HostError, Locked
 
 MINE = "fab bootstrap"
@@ -39,7 +40,7 @@ class Configs:
     def _elect(self) -> None:
         if self.leaderless:
             self.leaderless -= 1
-            words = lock.NO_LEADER[self.leaderless % len(lock.NO_LEADER)]
+            words = NO_LEADER[self.leaderless % len(NO_LEADER)]
             raise docker.errors.APIError(f"rpc error: code = Unknown desc = the node {words}")
 
     def create_config(self, name: str, data: bytes) -> None:
