@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import imaplib
 import json
 import smtplib
 import socket
+import time
 
 import pytest
 from conftest import HOSTS, MAIL, Project, eventually
@@ -144,6 +146,22 @@ def test_no_password_in_clear_and_the_certificate_of_the_inventory(deployed: Pro
     with smtp(deployed) as client:
         client.starttls(context=trusting(deployed))
     imaplib.IMAP4_SSL(deployed.address("host1"), 993, ssl_context=trusting(deployed), timeout=20).shutdown()
+
+
+def test_a_hundred_people_are_served_at_once_and_the_log_is_theirs(deployed: Project) -> None:
+    """With a process for each session, 100 are all that Dovecot's defaults allow; and the edge's looks at the MDA took
+    a third of them, and filled the log."""
+    addresses = [account(deployed, name) for name in ("emma", "emil")]
+    begun = time.time()
+    with contextlib.ExitStack() as sessions:
+        opened = [sessions.enter_context(imap(deployed, address, PASSWORD)) for address in addresses * 55]
+        assert {client.select("INBOX")[0] for client in opened} == {"OK"}
+        time.sleep(max(0.0, begun + 11 - time.time()))  # the edge looks every 5 s
+        since = f"{time.time() - begun:.0f}s"
+        log = deployed.sh("host3", f"docker logs --since {since} {container(deployed, 'host3', 'mail_mda')} 2>&1")
+    assert log.count("Logged in") >= 110
+    strangers = [line for line in log.splitlines() if "Login aborted" in line and "rip=127.0.0.1" not in line]
+    assert strangers == []
 
 
 def test_lmtp_is_reached_from_nowhere_but_the_overlay(deployed: Project) -> None:
