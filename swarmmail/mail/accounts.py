@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import tenacity
 
@@ -43,33 +43,45 @@ class Accounts:
     def list(self) -> list[str]:
         return self._users("list", step="list accounts").split()
 
-    def add(self, address: str, password: str) -> None:
-        """``password`` travels by standard input only, and is hashed in the container."""
+    def add(self, address: str, password: str, tell: bool = True) -> None:
+        """``password`` travels by standard input only, and is hashed in the container. ``tell``: the MTA, too."""
+        self._change("add", address, stdin=password + "\n", step=f"add {address}", tell=tell)
+
+    def _change(self, *words: str, stdin: str = "", step: str, tell: bool = True) -> None:
+        """Change, list and tell the MTA. The first two are one command: what starts a process in a container takes
+        longer than the process."""
+        command = self.mda.labels.get(*USERS)
+        script = '$0 "$@" >&2 && exec $0 list'  # of several words, perhaps
         try:
-            self._users("add", address, stdin=password + "\n", step=f"add {address}")
-        finally:
-            self.sync()  # also when it is there already: a run that was killed in between is completed by this one
+            addresses = self.mda.call("sh", "-c", script, command, *words, stdin=stdin, step=step).split()
+        except HostError:
+            self.sync()  # it is there already, say: a run that was killed in between is completed by this one
+            raise
+        if tell:
+            self._tell(addresses)
 
     def passwd(self, address: str, password: str) -> None:
         self._users("passwd", address, stdin=password + "\n", step=f"change the password of {address}")
 
     def remove(self, address: str, mail: bool = False) -> None:
         """Remove an account; its mailbox only with ``mail``."""
-        try:
-            self._users("remove", address, *(["--mail"] if mail else []), step=f"remove {address}")
-        finally:
-            self.sync()
+        self._change("remove", address, *(["--mail"] if mail else []), step=f"remove {address}")
 
     @contextlib.contextmanager
-    def temporary(self, address: str, moves: bool = False) -> Iterator[str]:
+    def temporary(self, address: str, moves: bool = False, tell: bool = True) -> Iterator[str]:
         """An account that exists only meanwhile; yields its password. What a killed run left of it is removed first.
 
-        ``moves``: services may move meanwhile, so at the end they are looked for anew.
+        ``moves``: services may move meanwhile, so at the end they are looked for anew. ``tell``: the MTA is told, which
+        is of no use to who speaks LMTP.
         """
         password = secrets.token_urlsafe(24)
-        if address in self.list():
+        try:
+            self.add(address, password, tell)
+        except HostError:
+            if address not in self.list():
+                raise
             self.remove(address, mail=True)
-        self.add(address, password)
+            self.add(address, password, tell)
         try:
             yield password
         finally:
@@ -94,6 +106,9 @@ class Accounts:
             self._find(services.observe(self._fleet, self.seen.observed))
 
     def _sync(self) -> None:
-        addresses = "".join(f"{address}\n" for address in self.list()) or "\n"  # never an empty input, see Container
+        self._tell(self.list())
+
+    def _tell(self, addresses: Sequence[str]) -> None:
+        text = "".join(f"{address}\n" for address in addresses) or "\n"  # never an empty input, see Container
         command = self.mta.labels.get(*RECIPIENTS)
-        self.mta.call(command, stdin=addresses, step="tell the MTA its recipients")
+        self.mta.call(command, stdin=text, step="tell the MTA its recipients")

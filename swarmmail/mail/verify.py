@@ -403,7 +403,7 @@ def _letter(now: _Round, sender: End, receiver: End) -> str:
     if recipient is None:
         return ""
     seen = services.observe(now.fleet, bootstrap.look_again(now.fleet, Observed(now.hosts)))
-    with Accounts(now.fleet, seen).temporary(recipient):
+    with Accounts(now.fleet, seen).temporary(recipient, tell=False):
         job = {
             "do": "letter",
             "address": receiver.address,
