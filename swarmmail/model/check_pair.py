@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -118,6 +119,17 @@ def targets(m: Measured, a: str, ends: Mapping[str, End]) -> list[dict[str, Any]
                 }
             )  # fmt: skip
     return found
+
+
+def datagrams(m: Measured, a: str, ends: Mapping[str, End]) -> list[dict[str, Any]]:
+    """The same without TCP, which itself repeats what was lost."""
+    return [{**target, "tcp": []} for target in targets(m, a, ends)]
+
+
+def all_arrived(m: Measured, ends: Mapping[str, End]) -> bool:
+    """All that was sent between hosts that can tell, in full size."""
+    names = [name for name in m.awake if not ends[name].error]
+    return all(passes(m, a, b, ends) for a, b in itertools.combinations(names, 2))
 
 
 def passes(m: Measured, a: str, b: str, ends: Mapping[str, End]) -> bool:

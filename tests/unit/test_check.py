@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 from typing import Any
@@ -462,6 +463,43 @@ def test_every_mtu_is_found_to_within_a_step(mtu: int) -> None:
     largest = max(size for size in tried if size <= mtu)
     assert mtu - largest < (4 if mtu <= 1500 else 101) and len(tried) < 150
     assert max(check_pair.sizes(mtu)) == mtu
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2], ids=["nothing", "the first time", "both times"])
+def test_what_did_not_arrive_is_sent_once_more(monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
+    """A busy host reads late, or loses what comes in a burst. Seen: an error in a lab whose mail was just proven."""
+    m = measured(encryption="wireguard")
+    whole = everything(m)
+
+    class Hosts:
+        agents: dict[str, Any] = dict.fromkeys(NAMES)
+
+        def __init__(self) -> None:
+            self.ends = {name: replace(end, seen={}, largest={}) for name, end in whole.items()}
+            self.asked: list[str] = []
+
+        def ask(self, request: Callable[[str], dict[str, Any]], timeout: float = 10) -> dict[str, dict[str, Any]]:
+            requests = {name: request(name) for name in NAMES}
+            kind = requests["host1"].get("do", "begin")
+            self.asked.append(kind)
+            if kind == "begin":
+                return {name: {"ports": {}} for name in NAMES}
+            if kind == "send":
+                return {name: {"sent": whole[name].sent} for name in NAMES}
+            largest = {name: dict(end.largest) for name, end in whole.items()}
+            if self.asked.count("report") <= lost:
+                largest["host2"]["host1"] = 1380
+            return {
+                name: {"seen": [[*key, *sources] for key, sources in end.seen.items()], "largest": largest[name]}
+                for name, end in whole.items()
+            }
+
+    hosts: Any = Hosts()
+    monkeypatch.setattr(cluster, "_transfer", lambda *_: None)
+    cluster._measure(hosts, m)
+    assert hosts.asked == ["begin", "send", "report"] + ["send", "report"] * (lost > 0)
+    errors = [found.what for found in check_pair.judge(m, hosts.ends) if found.level is Level.ERROR]
+    assert errors == ["path MTU"] * (lost > 1)
 
 
 def test_translation() -> None:
