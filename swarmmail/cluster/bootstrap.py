@@ -13,7 +13,7 @@ import tenacity
 from swarmmail import report
 from swarmmail.cluster import check, install, lock, mesh, overlay, swarm
 from swarmmail.hosts.connection import Host
-from swarmmail.hosts.dockerapi import ELECTION, at_once
+from swarmmail.hosts.dockerapi import ELECTION, at_once, say_it_once
 from swarmmail.hosts.facts import gather_all
 from swarmmail.hosts.fleet import Fleet
 from swarmmail.model import bootstrap as model
@@ -77,15 +77,10 @@ def after_the_election(look: Callable[[], Observed], seconds: float = ELECTION) 
     Raises:
         NoManager: as ``look`` does.
     """
-
-    def say(state: tenacity.RetryCallState) -> None:
-        if state.attempt_number == 1:
-            report.progress(f"no manager leads the Swarm; waiting {seconds:g} s at most for them to elect one")
-
     return _observe_patiently.copy(
         retry=tenacity.retry_if_exception_type(Electing),
         stop=tenacity.stop_after_delay(seconds),
-        before_sleep=say,
+        before_sleep=say_it_once(seconds),
     )(look)
 
 

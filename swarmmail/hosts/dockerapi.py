@@ -48,15 +48,20 @@ def patiently(act: Callable[[], T]) -> T:
         retry=tenacity.retry_if_exception(lambda error: _elects(str(error))),
         stop=tenacity.stop_after_delay(ELECTION),
         wait=tenacity.wait_fixed(0.5),
-        before_sleep=_say,
+        before_sleep=say_it_once(ELECTION),
         reraise=True,
     )(act)
     return done
 
 
-def _say(state: tenacity.RetryCallState) -> None:
-    if state.attempt_number == 1:
-        report.progress(f"no manager leads the Swarm; waiting {ELECTION:g} s at most for them to elect one")
+def say_it_once(seconds: float) -> Callable[[tenacity.RetryCallState], None]:
+    """For ``before_sleep`` of who waits so many seconds for an election: people are told when it begins."""
+
+    def say(state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1:
+            report.progress(f"no manager leads the Swarm; waiting {seconds:g} s at most for them to elect one")
+
+    return say
 
 
 @contextlib.contextmanager
@@ -143,7 +148,7 @@ class _Client(docker.APIClient):  # type: ignore[misc]
             retry=tenacity.retry_if_result(lambda seen: seen.status_code >= 500 and _elects(seen.text, words)),
             stop=tenacity.stop_after_delay(ELECTION if _waits.get() else 0),
             wait=tenacity.wait_fixed(0.5),
-            before_sleep=_say,
+            before_sleep=say_it_once(ELECTION),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )(super().request, method, url, *args, **options)
         return answer
