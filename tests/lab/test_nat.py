@@ -124,6 +124,26 @@ def test_outside_sees_the_router_with_another_port(nat: Project) -> None:
     assert port != "9999"  # drawn from some 64,000
 
 
+_SPEAK = """setsid timeout 20 python3 -c '
+import contextlib, socket, time
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("", 9998))
+while True:
+    with contextlib.suppress(OSError): s.sendto(b"on", ("{to}", 9997))
+    time.sleep(0.02)' >/dev/null 2>&1 &"""
+
+
+def test_who_speaks_while_the_router_starts_is_translated_too(nat: Project) -> None:
+    """Else its mapping would stay as it is for as long as it speaks, and no answer would come back."""
+
+    def translated() -> bool:
+        return bool(mappings(nat, router(nat), nat.address("host1")))
+
+    nat.sh("host3", _SPEAK.format(to=nat.address("host1")))
+    eventually(translated, 5, "a mapping with the router's address")
+    docker("restart", "-t", "0", nat.container("router"))
+    eventually(translated, 5, "a mapping with the router's address after its restart")
+
+
 def test_up_again_changes_nothing_and_cannot_change_the_topology(nat: Project) -> None:
     assert "nothing changed" in nat.fab("lab.up", "--topology", "nat", check=0).stdout
     assert "nothing changed" in nat.fab("lab.up", check=0).stdout  # without the option: as it is
