@@ -306,7 +306,7 @@ def _start(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined
 
 
 def _mesh(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:
-    mesh.build(fleet, design, [step.host for step in steps])
+    mesh.build(fleet, design, {step.host: step.argument for step in steps})
 
 
 def _leave(fleet: Fleet, design: Design, steps: tuple[Step, ...], joined: Joined) -> None:

@@ -318,7 +318,7 @@ def _transfer(all_: _Round, m: Measured, v6: bool) -> None:
     keys: dict[str, str] = {}
     if m.encryption == "wireguard":
         port = m.inventory.network.tunnel_port
-        made = all_.ask_tunnel(lambda name: {"do": "wireguard", "port": port})
+        made = all_.ask_tunnel(lambda name: {"do": "wireguard", "port": 0 if m.inventory.hosts[name].nat else port})
         keys = {name: answer["key"] for name, answer in made.items()}
         mtu -= net.WIREGUARD_OVERHEAD
     else:
@@ -395,7 +395,7 @@ def _no_tunnel(m: Measured, names: list[str], v6: bool) -> str:
         port = m.inventory.network.tunnel_port
         for name in names:
             probe = m.probes[name]
-            if any(s.proto == "udp" and s.port == port for s in probe.sockets):
+            if not m.inventory.hosts[name].nat and any(s.proto == "udp" and s.port == port for s in probe.sockets):
                 return f"UDP {port} of {name} is in use, by the running tunnel"
             if "wg" not in probe.programs:
                 return f"no wireguard-tools on {name} yet"

@@ -17,7 +17,7 @@ from swarmmail.hosts.fleet import Fleet
 from swarmmail.model.bootstrap import Design
 from swarmmail.model.errors import HostError
 from swarmmail.model.facts import MESH
-from swarmmail.model.mesh import CONFIG_FILE, KEY_FILE, Mesh
+from swarmmail.model.mesh import CONFIG_FILE, KEY_FILE, LOST, Mesh
 from swarmmail.model.network import DATA_PORT
 
 GUARD = "/etc/swarmmail/guard"
@@ -25,6 +25,9 @@ UNIT = "/etc/systemd/system/swarmmail-guard.service"
 DROP_IN = "/etc/systemd/system/docker.service.d/swarmmail.conf"
 NEW = f"/etc/wireguard/{MESH}.new"
 """Folder in which the configuration waits: ``wg-quick`` knows a file by its link's name."""
+
+PATIENCE = 30
+"""Seconds for the first handshake from a new port: longer than the keepalive, should nothing else be sent."""
 
 _GUARD_UNIT = f"""\
 # Written by swarmmail bootstrap.
@@ -97,6 +100,16 @@ else
 fi
 rmdir {NEW}
 sync /etc/systemd/system /etc/wireguard
+exec 9>&-
+shift 2
+# Syncing, as starting, gave a host behind NAT a new port. WireGuard repeats a handshake every 5 s.
+tries=0
+for key; do
+  until wg show {MESH} latest-handshakes | awk -v key="$key" -v since=$(($(date +%s) - {LOST})) '
+      $1 == key && $2 > since {{ heard = 1 }} END {{ exit !heard }}' || [ $tries -ge {PATIENCE} ]; do
+    tries=$((tries + 1)); sleep 1
+  done
+done
 """
 
 
@@ -124,8 +137,11 @@ def make_key(host: Host) -> str:
     return key
 
 
-def activate(host: Host, mesh: Mesh, config: str) -> None:
-    """Put the files in place, then guard and tunnel in force. Run again, it changes nothing that is right."""
+def activate(host: Host, mesh: Mesh, config: str, lost: str = "") -> None:
+    """Put the files in place, then guard and tunnel in force. Run again, it changes nothing that is right.
+
+    ``lost``: public keys of peers that are to be heard of again; no error when they are not.
+    """
     content = {f"{NEW}/{MESH}.conf": config + "\n", **files(mesh)}
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
@@ -135,18 +151,15 @@ def activate(host: Host, mesh: Mesh, config: str) -> None:
             info.size = len(data)
             info.mode = 0o755 if path == GUARD else 0o600 if path.startswith(NEW) else 0o644
             tar.addfile(info, io.BytesIO(data))
-    words = f"{mesh.addresses[host.name]} {mesh.mtu}"
-    host.run(f"set -- {words}\n{_ACTIVATE}", stdin=archive.getvalue(), step="start the tunnel", timeout=60)
+    words = f"{mesh.addresses[host.name]} {mesh.mtu} {lost}".strip()
+    host.run(f"set -- {words}\n{_ACTIVATE}", stdin=archive.getvalue(), step="start the tunnel", timeout=60 + PATIENCE)
 
 
-def build(fleet: Fleet, design: Design, names: list[str]) -> None:
-    """Keys where they are missing, then the tunnel on ``names``, all hosts at once."""
+def build(fleet: Fleet, design: Design, lost: Mapping[str, str]) -> None:
+    """Keys where they are missing, then the tunnel on the hosts of ``lost``, all at once. It names, by host, the public
+    keys of peers that this is to bring back."""
     assert design.mesh is not None
     mesh = design.mesh
     keys: dict[str, str] = dict(design.keys)
     keys.update(fleet.each(make_key, [name for name in design.inventory.hosts if name not in keys]))
-    _activate_all(fleet, design, mesh, keys, names)
-
-
-def _activate_all(fleet: Fleet, design: Design, mesh: Mesh, keys: Mapping[str, str], names: list[str]) -> None:
-    fleet.each(lambda host: activate(host, mesh, design.mesh_config(host.name, keys)), names)
+    fleet.each(lambda host: activate(host, mesh, design.mesh_config(host.name, keys), lost[host.name]), lost)

@@ -45,7 +45,7 @@ s routes;      ip -j -4 route show table all 2>/dev/null
 s mesh-config; cat /etc/wireguard/swarmmail.conf 2>/dev/null
 # A tunnel that is just starting has no key yet, and says "(none)".
 s mesh-key;    key=$(wg show swarmmail public-key 2>/dev/null); case $key in "" | *none*) [ -s /etc/wireguard/swarmmail.key ] && wg pubkey </etc/wireguard/swarmmail.key 2>/dev/null ;; *) echo "$key" ;; esac
-s mesh-peers;  wg show swarmmail allowed-ips 2>/dev/null
+s mesh-peers;  wg show swarmmail latest-handshakes 2>/dev/null
 s mesh-port;   wg show swarmmail listen-port 2>/dev/null
 s files;       sha256sum /etc/swarmmail/guard /etc/systemd/system/swarmmail-guard.service /etc/systemd/system/docker.service.d/swarmmail.conf 2>/dev/null
 s guard;       /etc/swarmmail/guard check 2>/dev/null && echo yes

@@ -389,7 +389,7 @@ def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:
     elif facts.mesh.address and (
         facts.mesh.peers != {k for n, k in design.keys.items() if n != name}
         or facts.mesh.address != str(design.mesh.addresses[name])
-        or facts.mesh.port not in (0, design.mesh.port)
+        or (facts.mesh.port not in (0, design.mesh.port) and not design.inventory.hosts[name].nat)
         or facts.mtus.get(MESH, design.mesh.mtu) != design.mesh.mtu
     ):
         reasons.append("peers, address, port or MTU of the running tunnel")
@@ -402,10 +402,30 @@ def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:
     units = ("swarmmail-guard", "wg-quick@swarmmail")
     if any(facts.units.get(unit) != ("active", "enabled") for unit in units):
         reasons.append("units")
+    lost = _lost_by_its_router(name, facts, design)
+    reasons += [f"no handshake with {peer} for {seconds:.0f} s: a new port" for peer, seconds in lost.items()]
     if not reasons:
         return []
     address = design.mesh.addresses[name]
-    return [Step(Action.MESH, name, f"tunnel {address} ({', '.join(reasons)})")]
+    keys = " ".join(design.keys[peer] for peer in lost)
+    return [Step(Action.MESH, name, f"tunnel {address} ({', '.join(reasons)})", keys)]
+
+
+def _lost_by_its_router(name: str, facts: HostFacts, design: Design) -> dict[str, float]:
+    """Peers that a host behind NAT calls without an answer, with the seconds since the last one.
+
+    A router that was started anew, or has another address now, may have a mapping that leads nowhere, and the
+    keepalive holds it for as long as the host calls from the same port."""
+    inventory, hosts = design.inventory, design.observed.hosts
+    if not inventory.hosts[name].nat or not facts.mesh.address:
+        return {}
+    return {
+        peer: seconds
+        for peer, spec in inventory.hosts.items()
+        if not spec.nat
+        and hosts[peer].mesh.address  # else its own tunnel is the reason
+        and (seconds := facts.mesh.heard.get(design.keys.get(peer, ""), 0.0)) > mesh_model.LOST
+    }
 
 
 def _membership(name: str, facts: HostFacts, design: Design) -> str:

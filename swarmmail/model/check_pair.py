@@ -13,6 +13,7 @@ from swarmmail.model.check import CONTROL_PORT, GOSSIP_PORT, Findings, Measured,
 from swarmmail.model.facts import MESH
 from swarmmail.model.findings import Finding, error, note, ok, warning
 from swarmmail.model.firewall import INBOUND, OUTBOUND, Blocker, Packet
+from swarmmail.model.mesh import LOST
 from swarmmail.model.network import DATA_PORT
 
 SMALLEST_MTU = 1280
@@ -25,6 +26,8 @@ TUNNEL = "@tunnel"
 """Marks a target that is reached by the running tunnel's address."""
 SLOW = 5.0
 """Seconds for 1 MB."""
+NO_ANSWER = "no answer"
+"""How a transfer's result begins that had no connection (``cluster/probe.py``)."""
 HANDSHAKE = 6.5
 """Seconds for a connection by the running tunnel: WireGuard repeats a lost handshake after 5."""
 
@@ -203,7 +206,7 @@ def _by_tunnel(m: Measured, a: str, b: str, ends: Mapping[str, End], good: list[
             yield warning(
                 f"{a} -> {b}", f"TCP {port} by the tunnel", result,
                 "the Swarm's members talk by it (bootstrap repairs the tunnel)",
-                f"systemctl restart wg-quick@{MESH} && systemctl restart docker", b,
+                f"systemctl restart wg-quick@{MESH} && systemctl restart docker", _inside_of(m, a, b) or b,
             )  # fmt: skip
 
 
@@ -287,10 +290,30 @@ def _transfer(m: Measured, where: str, a: str, b: str, ends: Mapping[str, End], 
                 f"ping -c 50 -i 0.2 {m.address(b)}", a,
             )  # fmt: skip
             return
-        yield error(
-            where, "1 MB by a tunnel", text, "single packets pass, a transfer does not: mail would hang",
-            "inventory: network.mtu: 1280, then fab check: if that is it, raise it again", "",
-        )  # fmt: skip
+        why = "single packets pass, a transfer does not: mail would hang"
+        mend = "inventory: network.mtu: 1280, then fab check: if that is it, raise it again"
+        if m.encryption == "wireguard" and text.startswith(NO_ANSWER):  # its first packet is small
+            why, mend = _unanswered(m, a, b, bool(ends[b].serves))
+        yield error(where, "1 MB by a tunnel", text, why, mend, "")
+
+
+def _unanswered(m: Measured, a: str, b: str, runs: bool) -> tuple[str, str]:
+    """Datagrams to the tunnel's port arrive, and the tunnel does not come up: why, and what to do."""
+    inside, port = _inside_of(m, a, b), m.inventory.network.tunnel_port
+    if inside is None:
+        mend = f"inventory: another network.tunnel_port than {port}, should something between know WireGuard"
+        return "single packets pass, WireGuard's do not", "fab bootstrap" if runs else mend
+    why = f"no answer comes back to {inside} through its router"
+    if runs:
+        return f"{why}: it may hold a mapping that leads nowhere", (
+            f"fab bootstrap: when nothing was heard for {LOST} s, {inside} calls from another port"
+        )
+    return why, f"let that router take answers to what {inside} sends to UDP {port}"
+
+
+def _inside_of(m: Measured, a: str, b: str) -> str | None:
+    """The one of two hosts that is behind NAT."""
+    return next((name for name in (a, b) if m.inventory.hosts[name].nat), None)
 
 
 def _complete(m: Measured, a: str, b: str, packet: Packet, tunnel: bool = False) -> Packet:

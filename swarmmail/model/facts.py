@@ -36,6 +36,8 @@ class Mesh:
     public_key: str = ""
     peers: frozenset[str] = frozenset()
     """Public keys of the running tunnel's peers."""
+    heard: Mapping[str, float] = field(default_factory=dict)
+    """Public key of a peer to the seconds since the last handshake with it; without those never heard of."""
     port: int = 0
     """UDP port that the running tunnel listens on; 0 when it is not known."""
     address: str = ""
@@ -124,6 +126,8 @@ def parse(name: str, text: str) -> HostFacts:
     def first(section: str) -> str:
         return next(iter(lines(section)), "")
 
+    clock = _number(first("clock"))
+    peers = {words[0]: _number(words[1]) for line in lines("mesh-peers") if len(words := line.split()) == 2}
     overlays = [p for line in lines("overlays") if len(p := line.split()) > 1 and p[1].isdecimal()]
     release = _shell_values(sections.get("os", ""))
     links = [link for link in printed.json_objects(sections.get("addresses", "")) if "ifname" in link]
@@ -136,7 +140,7 @@ def parse(name: str, text: str) -> HostFacts:
         kernel=first("kernel"),
         machine=first("machine"),
         hostname=first("hostname"),
-        clock=_number(first("clock")),
+        clock=clock,
         systemd=first("systemd") == "yes",
         programs=frozenset(lines("programs")),
         **of_docker(printed.json_object(sections.get("docker", "")), _peers(sections.get("peers", ""))),
@@ -151,7 +155,8 @@ def parse(name: str, text: str) -> HostFacts:
         mesh=Mesh(
             config=sections.get("mesh-config", "").strip(),
             public_key=first("mesh-key"),
-            peers=frozenset(line.split()[0] for line in lines("mesh-peers")),
+            peers=frozenset(peers),
+            heard={key: max(0.0, clock - stamp) for key, stamp in peers.items() if stamp},
             port=int(_number(first("mesh-port"))),
             address=next(iter(addresses.get(MESH, ())), ""),
             guarded=first("guard") == "yes",

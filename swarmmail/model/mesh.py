@@ -20,11 +20,14 @@ KEY_FILE = f"/etc/wireguard/{MESH}.key"
 CONFIG_FILE = f"/etc/wireguard/{MESH}.conf"
 KEEPALIVE = 25
 """Seconds; wg(8): keeps a mapping of NAT or of a stateful firewall open."""
+LOST = 180
+"""Seconds after a handshake when nobody takes packets of its session any more (WireGuard's paper, section 6.1:
+Reject-After-Time). While packets pass, keepalives for one, the next handshake is made after 120."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Subnet, port and MTU of the tunnel, and each host's address in it."""
+    """Subnet, port and MTU of the tunnel, and each host's address in it. ``port``: not of a host behind NAT."""
 
     subnet: IPv4Network
     port: int
@@ -115,13 +118,17 @@ def _address_in(subnet: IPv4Network, text: str) -> IPv4Address | None:
 
 
 def render(inventory: Inventory, mesh: Mesh, name: str, keys: Mapping[str, str]) -> str:
-    """The configuration of one host for ``wg-quick``. ``keys``: public key of every host, by name."""
+    """The configuration of one host for ``wg-quick``. ``keys``: public key of every host, by name.
+
+    A host behind NAT has no port of its own: nobody can call it there, and with a new one each time its tunnel starts
+    it gets a new mapping in its router, whatever became of the old one.
+    """
     me = inventory.hosts[name]
     lines = [
         "# Written by swarmmail bootstrap. The private key is in its own file.",
         "[Interface]",
         f"Address = {mesh.addresses[name]}/{mesh.subnet.prefixlen}",
-        f"ListenPort = {mesh.port}",
+        *([] if me.nat else [f"ListenPort = {mesh.port}"]),
         f"MTU = {mesh.mtu}",
         f"PostUp = wg set %i private-key {KEY_FILE}",
     ]

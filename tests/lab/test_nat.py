@@ -18,6 +18,7 @@ from mailing import account, arrives, send
 from test_lab import docker, traces
 
 from swarmmail.lab.naming import Naming
+from swarmmail.model.mesh import LOST
 
 pytestmark = pytest.mark.lab
 
@@ -232,6 +233,23 @@ def test_a_mail_crosses_again_after_the_router_forgot_all(mail: Project, alice: 
     after = endpoint(mail, "host1", "host3")
     assert after != before
     assert after.rpartition(":")[0] == router(mail)
+    assert mail.bootstrap(LAB, check=0).stdout.endswith("nothing to do\n")
+
+
+def test_a_mapping_that_leads_nowhere_is_left_by_bootstrap(mail: Project, alice: str) -> None:
+    """The keepalive holds it: for ever, unless host3 calls from another port."""
+    port = mail.sh("host3", "wg show swarmmail listen-port").strip()
+    mail.sh("router", f"nft insert rule ip router forward ip daddr {mail.address('host1')} udp sport {port} drop")
+    token = send(mail, alice)
+    found = json.loads(mail.fab("check", "--json", "--inventory", LAB).stdout)
+    nowhere = [one for one in found["findings"] if "no answer comes back to host3 through its router" in one["why"]]
+    assert nowhere and all(one["mend"].startswith("fab bootstrap") for one in nowhere), found
+    last = f"wg show swarmmail latest-handshakes | grep -F '{mail.sh('host1', 'wg show swarmmail public-key').strip()}'"
+    eventually(lambda: time.time() - int(mail.sh("host3", last).split()[1]) > LOST, LOST + 10, "a session's end")
+    result = mail.bootstrap(LAB, check=0)
+    assert "no handshake with host1 for" in result.stdout and "verify: NOT" not in result.stdout, str(result)
+    assert mail.sh("host3", "wg show swarmmail listen-port").strip() != port
+    arrives(mail, alice, PASSWORD, token, seconds=120)
     assert mail.bootstrap(LAB, check=0).stdout.endswith("nothing to do\n")
 
 

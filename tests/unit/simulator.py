@@ -66,6 +66,8 @@ class Machine:
     """Address, keys of the peers, MTU of the running tunnel."""
     port: int = 0
     """UDP port that it listens on."""
+    heard: dict[str, float] = field(default_factory=dict)
+    """Host to the seconds since its last answer."""
     guard: bool = False
     files: dict[str, str] = field(default_factory=dict)
     units: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -159,6 +161,7 @@ class World:
                 config=machine.config,
                 public_key=machine.key if machine.link or "wg" in machine.programs else "",
                 peers=machine.link[1] if machine.link else frozenset(),
+                heard={self.machines[name].key: seconds for name, seconds in machine.heard.items()},
                 port=machine.port if machine.link else 0,
                 address=machine.link[0] if machine.link else "",
                 guarded=machine.guard,
@@ -285,7 +288,8 @@ class World:
                 raise Failed(f"{step.host} lacks the programs of the tunnel")
             peers = frozenset(other.key for name, other in self.machines.items() if name != step.host)
             machine.link, machine.units = (interface, peers, mesh.mtu), dict(UNITS)
-            machine.port = mesh.port
+            machine.port = 40000 + len(machine.heard) if self.inventory.hosts[step.host].nat else mesh.port
+            machine.heard = {}  # from another port somebody answers
 
         yield from (make_keys, write, activate)
 

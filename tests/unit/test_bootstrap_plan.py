@@ -29,15 +29,15 @@ ENCRYPTION = {
 }
 
 
-def fresh(roles: str = "mmm", encryption: str = "auto without ESP") -> World:
-    """Hosts with everything installed, and nothing done."""
+def fresh(roles: str = "mmm", encryption: str = "auto without ESP", inside: str = "") -> World:
+    """Hosts with everything installed, and nothing done. ``inside``: the one behind NAT."""
     asked, esp = ENCRYPTION[encryption]
-    inventory = make_inventory(roles, encryption=asked)
+    inventory = make_inventory(roles, encryption=asked, hosts={inside: {"nat": True}} if inside else None)
     return World(inventory, [Machine(name, host.address, esp) for name, host in inventory.hosts.items()])
 
 
-def clustered(roles: str = "mmm", encryption: str = "auto without ESP") -> World:
-    world = fresh(roles, encryption)
+def clustered(roles: str = "mmm", encryption: str = "auto without ESP", inside: str = "") -> World:
+    world = fresh(roles, encryption, inside)
     run(world)
     assert decide(world)[1].is_done
     return world
@@ -793,6 +793,40 @@ def test_what_is_wrong_with_a_tunnel_is_said(damage: Any, reason: str) -> None:
     damage(world, world.machines["host2"])
     (step,) = decide(world)[1].steps
     assert step.text == f"tunnel 10.90.0.2 ({reason})"
+
+
+def test_whom_its_router_leads_nowhere_calls_from_another_port() -> None:
+    world = clustered(inside="host3")
+    host = world.machines["host3"]
+    host.heard = {"host1": 100, "host2": 400}
+    (step,) = decide(world)[1].steps
+    assert (step.action, step.host) == (Action.MESH, "host3")
+    assert step.text == "tunnel 10.90.0.3 (no handshake with host2 for 400 s: a new port)"
+    assert step.argument == world.machines["host2"].key
+    run(world)
+    assert decide(world)[1].is_done
+
+
+@pytest.mark.parametrize(
+    ("name", "heard"),
+    [
+        ("host3", {}),  # it has only just been started
+        ("host3", {"host1": 150.0, "host2": 150.0}),  # the next handshake may come
+        ("host1", {"host2": 400.0}),  # to it others find the way without a mapping
+        ("host2", {"host3": 400.0}),
+    ],
+)
+def test_who_is_heard_or_not_behind_nat_keeps_its_port(name: str, heard: dict[str, float]) -> None:
+    world = clustered(inside="host3")
+    world.machines[name].heard = heard
+    assert decide(world)[1].is_done
+
+
+def test_a_peer_whose_tunnel_is_down_is_none_that_a_router_lost() -> None:
+    world = clustered(inside="host3")
+    world.machines["host3"].heard = {"host2": 400.0}
+    world.machines["host2"].link = None
+    assert steps(world) == [("mesh", "host2")]
 
 
 def test_a_running_tunnel_with_an_old_address_is_mended() -> None:

@@ -287,6 +287,8 @@ def test_ports_of_others() -> None:
     ]
     other = 'udp UNCONN 0 0 0.0.0.0:51820 0.0.0.0:* users:(("openvpn",pid=9,fd=3))'
     assert "openvpn" in only(bad(measured({"host2": {"sockets": other}}, encryption="wireguard")), "ports").measured
+    inside = measured({"host2": {"sockets": other}}, encryption="wireguard", hosts={"host2": {"nat": True}})
+    assert bad(inside) == []  # it calls from any port
     kernel = "udp UNCONN 0 0 0.0.0.0:51820 0.0.0.0:*\nudp UNCONN 0 0 0.0.0.0:4789 0.0.0.0:*"
     assert bad(measured({"host2": {"sockets": kernel}}, encryption="wireguard")) == []
 
@@ -534,6 +536,26 @@ def test_a_transfer_that_hangs() -> None:
     )
     found = [f for f in check_pair.judge(m, ends) if f.level is Level.ERROR]
     assert "60000" in only(found, "1 MB by a tunnel", "host1 -> host2").measured
+
+
+@pytest.mark.parametrize(
+    ("inside", "serves", "why", "mend"),
+    [
+        (False, 0, "WireGuard's do not", "another network.tunnel_port than 51820"),
+        (False, 4000, "WireGuard's do not", "fab bootstrap"),
+        (True, 0, "no answer comes back to host2 through its router", "let that router take answers"),
+        (True, 4000, "it may hold a mapping that leads nowhere", "fab bootstrap: when nothing was heard for 180 s"),
+    ],
+)
+def test_a_tunnel_that_does_not_answer(inside: bool, serves: int, why: str, mend: str) -> None:
+    m = measured(encryption="wireguard", hosts={"host2": {"nat": True}} if inside else None)
+    ends = everything(
+        m,
+        host1={"transfers": {"host2": f"{check_pair.NO_ANSWER} within 17 s", "host3": 0.1}},
+        host2={"serves": serves},
+    )
+    found = only([f for f in check_pair.judge(m, ends) if f.level is Level.ERROR], "1 MB by a tunnel", "host1 -> host2")
+    assert why in found.why and mend in found.mend
 
 
 def test_a_transfer_whose_own_port_is_not_let_in_is_a_note() -> None:

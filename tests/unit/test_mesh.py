@@ -162,7 +162,9 @@ def test_a_configuration_whole() -> None:
         "AllowedIPs = 10.90.0.2/32\n"
         "PersistentKeepalive = 25"
     )
-    assert "Endpoint = 198.18.0.11:51820\nPersistentKeepalive = 25" in model.render(inventory, mesh, "host2", KEYS)
+    inside = model.render(inventory, mesh, "host2", KEYS)
+    assert "Endpoint = 198.18.0.11:51820\nPersistentKeepalive = 25" in inside
+    assert "ListenPort" not in inside  # another one each time
 
 
 def test_an_ipv6_endpoint_stands_in_brackets() -> None:
@@ -182,7 +184,7 @@ def test_every_pair_can_meet(count: int, behind: int | None, port: int, mtu: int
     written = {name: sections(model.render(inventory, mesh, name, KEYS)) for name in inventory.hosts}
     for name, (own, *peers) in written.items():
         assert IPv4Interface(own["Address"]) == IPv4Interface(f"{mesh.addresses[name]}/24")
-        assert (own["ListenPort"], own["MTU"]) == (str(port), str(mtu - 80))
+        assert (own.get("ListenPort"), own["MTU"]) == (None if name in nat else str(port), str(mtu - 80))
         by_key = {peer["PublicKey"]: peer for peer in peers}
         assert set(by_key) == {KEYS[other] for other in inventory.hosts if other != name}
         for other in inventory.hosts:
@@ -249,6 +251,8 @@ def test_what_is_sent_to_a_host() -> None:
     work.activate(host, MESH, "[Interface]\nAddress = 10.90.0.1/24")  # type: ignore[arg-type]
     ((command, archive),) = host.asked
     assert command.startswith("set -- 10.90.0.1 1420\n")
+    work.activate(host, MESH, "", "a= b=")  # type: ignore[arg-type]
+    assert host.asked[1][0].startswith("set -- 10.90.0.1 1420 a= b=\n")
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         modes = {f"/{info.name}": info.mode for info in tar.getmembers()}
         written = tar.extractfile("etc/wireguard/swarmmail.new/swarmmail.conf")

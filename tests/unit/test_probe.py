@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from swarmmail.cluster import probe
 from swarmmail.model import check_pair
 
 SOURCE = resources.files("swarmmail.cluster").joinpath("probe.py").read_bytes()
@@ -100,6 +101,16 @@ def test_a_transfer_and_what_is_not_understood() -> None:
         assert isinstance(done["good"], float) and done["bad"] == "Connection refused"
         assert ask(do="up", address="", mtu=1, peers=[])["error"] == "no tunnel"
         assert ask(do="nonsense")["error"]
+
+
+def test_who_does_not_answer_is_told_apart_from_who_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connected(at: tuple[str, int]) -> socket.socket:
+        raise TimeoutError
+
+    monkeypatch.setattr(probe, "connected", connected)
+    results: dict[str, Any] = {}
+    probe.transfer("away", ("127.0.0.1", 1), 5, results)
+    assert results["away"].startswith(check_pair.NO_ANSWER)
 
 
 def test_without_root_it_says_so() -> None:
