@@ -173,6 +173,8 @@ def run(fleet: Fleet, preflight: bool = True) -> bool:
         SwarmmailError: any step failed, or the end state is not what the inventory wants.
     """
     inventory, changed = fleet.inventory, False
+    called: set[tuple[str, str]] = set()  # by which hosts from another port, and whom
+    hint = "run it again; it goes on from here"
     observed = after_the_election(lambda: observe(fleet))
     for _ in range(ROUNDS):
         design, plan = decide(inventory, observed)
@@ -184,6 +186,12 @@ def run(fleet: Fleet, preflight: bool = True) -> bool:
             return changed
         if plan.is_empty:
             break
+        calls = {(step.host, step.argument) for step in plan.of(Action.MESH) if step.argument}
+        if len(calls & called) == len(plan.steps):
+            port = inventory.network.tunnel_port
+            hint = f"another port did not help; is UDP {port} of the other host open? see: fab check"
+            break
+        called |= calls
         with _locked(fleet, design):
             show(plan)
             if preflight and (plan.of(Action.INIT) or plan.of(Action.JOIN)):
@@ -194,9 +202,7 @@ def run(fleet: Fleet, preflight: bool = True) -> bool:
         report.progress("check: is it as wanted, and do all nodes hear each other?")
         observed = _after(fleet, observed, plan)
     left = [f"{step.host}: {step.text}" for step in plan.steps] + list(plan.waits)
-    raise SwarmmailError(
-        f"not all is as wanted after bootstrap: {'; '.join(left)}", hint="run it again; it goes on from here"
-    )
+    raise SwarmmailError(f"not all is as wanted after bootstrap: {'; '.join(left)}", hint=hint)
 
 
 def _preflight(fleet: Fleet, observed: Observed) -> None:

@@ -16,6 +16,7 @@ s hostname;  echo "$1"
 s kernel;    echo "$2"
 s machine;   echo "$3"
 s clock;     date +%s.%N
+s uptime;    read -r up _ </proc/uptime && echo "$up"
 s systemd;   [ -d /run/systemd/system ] && echo yes
 s programs;  for p in docker dockerd wg wg-quick wireguard-go nft iptables rsync apt-get tcpdump; do command -v $p >/dev/null && echo $p; done
 s resolvers; grep -s '^nameserver' /etc/resolv.conf
@@ -28,7 +29,7 @@ if ip xfrm state add src 127.255.255.253 dst 127.255.255.254 proto esp spi 0x0d0
   echo yes; ip xfrm state del src 127.255.255.253 dst 127.255.255.254 proto esp spi 0x0d0c0001 2>/dev/null
 fi
 s units
-units=$(systemctl show -p Id,ActiveState,UnitFileState,MainPID docker swarmmail-guard wg-quick@swarmmail 2>/dev/null)
+units=$(systemctl show -p Id,ActiveState,UnitFileState,MainPID,ActiveEnterTimestampMonotonic docker swarmmail-guard wg-quick@swarmmail 2>/dev/null)
 printf '%s\n' "$units"
 # Docker opens its socket for ESP when it starts, or never (moby, libnetwork/ns: getSupportedNlFamilies). 6: NETLINK_XFRM.
 s docker-esp

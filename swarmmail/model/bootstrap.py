@@ -412,19 +412,23 @@ def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:
 
 
 def _lost_by_its_router(name: str, facts: HostFacts, design: Design) -> dict[str, float]:
-    """Peers that a host behind NAT calls without an answer, with the seconds since the last one.
+    """Peers that a host behind NAT calls without an answer, with the seconds for which it has.
 
     A router that was started anew, or has another address now, may have a mapping that leads nowhere, and the
-    keepalive holds it for as long as the host calls from the same port."""
+    keepalive holds it for as long as the host calls from the same port. While a tunnel is younger, there may have been
+    nobody yet who could answer."""
     inventory, hosts = design.inventory, design.observed.hosts
-    if not inventory.hosts[name].nat or not facts.mesh.address:
+    if not inventory.hosts[name].nat:
         return {}
+
+    def silence(peer: str) -> float:
+        ages = (facts.mesh.age, hosts[peer].mesh.age)
+        return min(facts.mesh.heard.get(design.keys[peer], facts.mesh.age), *ages)
+
     return {
         peer: seconds
         for peer, spec in inventory.hosts.items()
-        if not spec.nat
-        and hosts[peer].mesh.address  # else its own tunnel is the reason
-        and (seconds := facts.mesh.heard.get(design.keys.get(peer, ""), 0.0)) > mesh_model.LOST
+        if not spec.nat and peer in design.keys and (seconds := silence(peer)) > mesh_model.LOST
     }
 
 

@@ -27,7 +27,7 @@ TUNNEL = "@tunnel"
 SLOW = 5.0
 """Seconds for 1 MB."""
 NO_ANSWER = "no answer"
-"""How a transfer's result begins that had no connection (``cluster/probe.py``)."""
+"""Of a connection that nothing was heard of (``cluster/probe.py``); a transfer's result goes on with a time."""
 HANDSHAKE = 6.5
 """Seconds for a connection by the running tunnel: WireGuard repeats a lost handshake after 5."""
 
@@ -203,10 +203,11 @@ def _by_tunnel(m: Measured, a: str, b: str, ends: Mapping[str, End], good: list[
         packet = _complete(m, a, b, Packet("tcp", int(port)), tunnel=True)
         at = m.probes[b].firewall.drops(packet, INBOUND) if b in m.probes else None
         if at is None:  # with a rule, `_inside` tells it once a host
+            lost = _inside_of(m, a, b) if result == NO_ANSWER else None
             yield warning(
                 f"{a} -> {b}", f"TCP {port} by the tunnel", result,
                 "the Swarm's members talk by it (bootstrap repairs the tunnel)",
-                f"systemctl restart wg-quick@{MESH} && systemctl restart docker", _inside_of(m, a, b) or b,
+                f"systemctl restart wg-quick@{MESH} && systemctl restart docker", lost or b,
             )  # fmt: skip
 
 

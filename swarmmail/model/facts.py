@@ -38,6 +38,8 @@ class Mesh:
     """Public keys of the running tunnel's peers."""
     heard: Mapping[str, float] = field(default_factory=dict)
     """Public key of a peer to the seconds since the last handshake with it; without those never heard of."""
+    age: float = 0.0
+    """Seconds since the tunnel was started; 0 when it is down or that is not known."""
     port: int = 0
     """UDP port that the running tunnel listens on; 0 when it is not known."""
     address: str = ""
@@ -157,12 +159,16 @@ def parse(name: str, text: str) -> HostFacts:
             public_key=first("mesh-key"),
             peers=frozenset(peers),
             heard={key: max(0.0, clock - stamp) for key, stamp in peers.items() if stamp},
+            age=_age(sections, f"wg-quick@{MESH}"),
             port=int(_number(first("mesh-port"))),
             address=next(iter(addresses.get(MESH, ())), ""),
             guarded=first("guard") == "yes",
             files={words[1]: words[0] for line in lines("files") if len(words := line.split(None, 1)) == 2},
         ),
-        units=_units(sections.get("units", "")),
+        units={
+            unit: (values["ActiveState"], values.get("UnitFileState", ""))
+            for unit, values in _units(sections.get("units", "")).items()
+        },
         overlays={p[0]: int(p[1]) for p in overlays},
         overlay_peers={p[0]: frozenset(p[2:]) for p in overlays if p[2:]},
         esp_peers=esp.peers(lines("esp-peers")) if first("esp-peers") == "read" else None,
@@ -253,15 +259,22 @@ def _peers(text: str) -> frozenset[str] | None:
     return peers_of({"Peers": printed.json_objects(text)})
 
 
-def _units(text: str) -> dict[str, tuple[str, str]]:
+def _units(text: str) -> dict[str, dict[str, str]]:
     """``systemctl show``: a block of properties for each unit."""
     units = {}
     for block in re.split(r"\n\s*\n", text):
         values = dict(line.strip().split("=", 1) for line in block.splitlines() if "=" in line)
         if values.get("Id") and "ActiveState" in values:
-            name = values["Id"].removesuffix(".service")
-            units[name] = (values["ActiveState"], values.get("UnitFileState", ""))
+            units[values["Id"].removesuffix(".service")] = values
     return units
+
+
+def _age(sections: Mapping[str, str], unit: str) -> float:
+    """Seconds for which a unit has been active; 0 when it is not (org.freedesktop.systemd1(5): microseconds, monotonic
+    as ``/proc/uptime`` is)."""
+    values = _units(sections.get("units", "")).get(unit, {})
+    since, up = _number(values.get("ActiveEnterTimestampMonotonic", "")), _number(sections.get("uptime", "").strip())
+    return max(0.0, up - since / 1e6) if since and up and values["ActiveState"] == "active" else 0.0
 
 
 def _ports(lines: list[str]) -> list[int]:

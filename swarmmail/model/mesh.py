@@ -121,7 +121,7 @@ def render(inventory: Inventory, mesh: Mesh, name: str, keys: Mapping[str, str])
     """The configuration of one host for ``wg-quick``. ``keys``: public key of every host, by name.
 
     A host behind NAT has no port of its own: nobody can call it there, and with a new one each time its tunnel starts
-    it gets a new mapping in its router, whatever became of the old one.
+    or is changed it gets a new mapping in its router, whatever became of the old one.
     """
     me = inventory.hosts[name]
     lines = [

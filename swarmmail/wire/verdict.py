@@ -195,9 +195,8 @@ def _tunnel(e: Evidence, here: End, there: End, state: State, other: State | Non
     elif other is not None and other.key and state.peers.get(other.key) is not peer:
         yield Cause("wrong-key", BROKEN, f"the tunnel of {here.host} has another key for {there.host} than its own")
     elif peer.handshake is None and not e.arrived:
-        yield Cause(
-            "no-handshake", BROKEN, f"{here.host} and {there.host} never made a handshake: is UDP {state.port} open?"
-        )
+        port = peer.endpoint[1] if peer.endpoint else state.port
+        yield Cause("no-handshake", BROKEN, f"{here.host} and {there.host} never made a handshake: is UDP {port} open?")
     sent_to = state.forwarding.get(there.mac)
     if sent_to and sent_to != there.data_path:
         yield Cause(

@@ -66,8 +66,10 @@ class Machine:
     """Address, keys of the peers, MTU of the running tunnel."""
     port: int = 0
     """UDP port that it listens on."""
-    heard: dict[str, float] = field(default_factory=dict)
-    """Host to the seconds since its last answer."""
+    heard: dict[str, float | None] = field(default_factory=dict)
+    """Host to the seconds since its last answer, where it is not a usual one; None: there never was one."""
+    age: float = 4000
+    """Seconds since the tunnel was started."""
     guard: bool = False
     files: dict[str, str] = field(default_factory=dict)
     units: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -161,7 +163,12 @@ class World:
                 config=machine.config,
                 public_key=machine.key if machine.link or "wg" in machine.programs else "",
                 peers=machine.link[1] if machine.link else frozenset(),
-                heard={self.machines[name].key: seconds for name, seconds in machine.heard.items()},
+                heard={
+                    other.key: seconds
+                    for name, other in self.machines.items()
+                    if other is not machine and (seconds := machine.heard.get(name, 30.0)) is not None
+                },
+                age=machine.age if machine.link else 0,
                 port=machine.port if machine.link else 0,
                 address=machine.link[0] if machine.link else "",
                 guarded=machine.guard,

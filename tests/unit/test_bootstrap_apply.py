@@ -177,6 +177,17 @@ def test_a_new_leader_has_time_of_its_own_to_hear_of_all_nodes(
     assert (len(seen), found[2].is_done) == (waits, states[-1] == "ready")
 
 
+def silent(seconds: int, *more: Step) -> Plan:
+    return Plan((Step(Action.MESH, "host3", f"no handshake with host1 for {seconds} s: a new port", "key1"), *more))
+
+
+def test_a_new_port_that_does_not_help_is_said_and_not_tried_again(rounds: Any) -> None:
+    with pytest.raises(SwarmmailError, match=r"host1 for 240 s.* -> another port did not help; is UDP 51820 .*open"):
+        rounds(silent(200), silent(240), Plan())
+    changed, played = rounds(silent(200), silent(240, *MORE.steps), Plan())
+    assert (changed, len(played.applied)) == (True, 2)
+
+
 def test_what_never_ends_is_an_error(rounds: Any) -> None:
     with pytest.raises(SwarmmailError, match="host1: start Docker"):
         rounds(WORK)

@@ -795,31 +795,34 @@ def test_what_is_wrong_with_a_tunnel_is_said(damage: Any, reason: str) -> None:
     assert step.text == f"tunnel 10.90.0.2 ({reason})"
 
 
-def test_whom_its_router_leads_nowhere_calls_from_another_port() -> None:
+@pytest.mark.parametrize(("heard", "seconds"), [(400.0, 400), (None, 4000)])
+def test_whom_its_router_leads_nowhere_calls_from_another_port(heard: float | None, seconds: int) -> None:
     world = clustered(inside="host3")
-    host = world.machines["host3"]
-    host.heard = {"host1": 100, "host2": 400}
+    world.machines["host3"].heard = {"host1": 150.0, "host2": heard}
     (step,) = decide(world)[1].steps
     assert (step.action, step.host) == (Action.MESH, "host3")
-    assert step.text == "tunnel 10.90.0.3 (no handshake with host2 for 400 s: a new port)"
+    assert step.text == f"tunnel 10.90.0.3 (no handshake with host2 for {seconds} s: a new port)"
     assert step.argument == world.machines["host2"].key
     run(world)
     assert decide(world)[1].is_done
 
 
 @pytest.mark.parametrize(
-    ("name", "heard"),
+    ("name", "peer", "young"),
     [
-        ("host3", {}),  # it has only just been started
-        ("host3", {"host1": 150.0, "host2": 150.0}),  # the next handshake may come
-        ("host1", {"host2": 400.0}),  # to it others find the way without a mapping
-        ("host2", {"host3": 400.0}),
+        ("host3", "host2", "host3"),  # it has only just been started
+        ("host3", "host2", "host2"),
+        ("host1", "host2", ""),  # to host2 it finds the way without a mapping
+        ("host2", "host3", ""),  # it can't call
     ],
 )
-def test_who_is_heard_or_not_behind_nat_keeps_its_port(name: str, heard: dict[str, float]) -> None:
-    world = clustered(inside="host3")
-    world.machines[name].heard = heard
-    assert decide(world)[1].is_done
+def test_who_may_not_have_been_heard_yet_or_is_called_keeps_its_port(name: str, peer: str, young: str) -> None:
+    for silence in (400.0, None):
+        world = clustered(inside="host3")
+        world.machines[name].heard = {peer: silence}
+        if young:
+            world.machines[young].age = 100
+        assert decide(world)[1].is_done
 
 
 def test_a_peer_whose_tunnel_is_down_is_none_that_a_router_lost() -> None:

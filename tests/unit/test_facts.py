@@ -69,6 +69,7 @@ def test_a_real_tunnel() -> None:
     assert mesh.config.endswith("Endpoint = 198.18.9.13:51820")
     assert (mesh.public_key, mesh.peers) == ("QHG5mm9psuW1QYCnxOqcfr3qx50WIB6jx9v6Gl64K2w=", PEERS)
     assert (mesh.address, mesh.port, mesh.guarded) == ("10.90.0.1", 51820, True)
+    assert mesh.age == pytest.approx(62.5)
     (heard,) = mesh.heard.items()  # of the other one never
     assert heard == ("wRXeMCfGA6g9TwByJ9+szF4E37B1mZk2ryw8x+BRQjc=", pytest.approx(31.14, abs=0.01))
     assert {path: digest[:8] for path, digest in mesh.files.items()} == {
@@ -104,6 +105,7 @@ def test_a_section_that_cannot_be_read_never_ends_the_task(data: st.DataObject) 
 
 
 AFFECTED = {
+    "uptime": {"mesh"},
     "clock": {"clock", "mesh"},
     "os": {"os", "os_like", "os_name"},
     "docker": {
@@ -113,6 +115,7 @@ AFFECTED = {
     "addresses": {"addresses", "mtus", "mesh"},
     "wireguard": {"wireguard_kernel"},
     "docker-esp": {"docker_esp"},
+    "units": {"units", "mesh"},
     "volumes": {"markers"},
     **{key: {"mesh"} for key in ("mesh-config", "mesh-key", "mesh-peers", "mesh-port", "files", "guard")},
 }
