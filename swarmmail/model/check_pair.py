@@ -345,9 +345,10 @@ def _blocked(m: Measured, a: str, b: str, packet: Packet, what: str, measured: s
             chain, way = ("INPUT", f"-s {packet.saddr}") if hooks is INBOUND else ("OUTPUT", f"-d {packet.daddr}")
             mend = f"iptables-legacy -I {chain} {way} {_iptables(packet)} -j ACCEPT"
             return error(f"{a} -> {b}", what, text, reason, mend, host)
+    source = f"the router of {a}" if m.inventory.hosts[a].nat else packet.saddr
     return error(
         f"{a} -> {b}", what, f"{measured}; no rule of the two hosts is to blame", reason,
-        f"let {what} from {packet.saddr} to {packet.daddr} through whatever is between (provider's firewall, security "
+        f"let {what} from {source} to {packet.daddr} through whatever is between (provider's firewall, security "
         "group, router)", "",
     )  # fmt: skip
 

@@ -518,6 +518,9 @@ def test_translation() -> None:
     seen = {k: ("203.0.113.9", s[1]) if k[1] == "host3" else s for k, s in ends["host1"].seen.items()}
     ends["host1"] = replace(ends["host1"], seen=seen)
     assert {f.level for f in check_pair.judge(m, ends)} == {Level.OK, Level.NOTE}
+    ends["host1"] = replace(ends["host1"], seen={k: s for k, s in seen.items() if k[1] != "host3"})
+    found = [f for f in check_pair.judge(m, ends) if f.level is Level.ERROR]
+    assert only(found, "UDP 51820", "host3 -> host1").mend.startswith("let UDP 51820 from the router of host3 to ")
 
 
 def test_what_was_not_measured_is_never_ok() -> None:
