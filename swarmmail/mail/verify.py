@@ -83,7 +83,7 @@ class Plan:
 class _Spoken:
     """What the agents said for an ordered pair."""
 
-    arrived: bool
+    arrived: bool | None
     trouble: str = ""
     failed: tuple[str, ...] = ()
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -323,7 +323,7 @@ def _speak(now: _Round, sender: End, receiver: End) -> _Spoken:
         failed += [f"{sender.host}: {one['error']}" for one in answers if "error" in one]
         answers = capture.ask(now.fleet[sender.host], jobs, sender.process)
     except HostError as error:
-        return _Spoken(False, failed=(str(error),), tokens=tokens)
+        return _Spoken(None, failed=(str(error),), tokens=tokens)
     said = answers[0] if port is not None else {}
     return _Spoken(
         arrived=said.get("answers", 0) == TIMES,
@@ -424,13 +424,16 @@ def _evidence(now: _Round, captured: Mapping[str, Captured], pair: Pair, spoken:
     marker = now.plan.markers[pair].encode()
     there = captured[receiver.host]
     inside = there.inside.get(receiver.process, b"")
+    arrived = spoken.arrived
+    if arrived is not None and now.plan.port(receiver) is None:  # no server: only the capture can tell
+        arrived = marker in inside if now.begun[receiver.host].ready == "yes" else None
     tunnels = [facts.mtus[MESH] for facts in now.hosts.values() if MESH in facts.mtus]
     return Evidence(
         sender=sender,
         receiver=receiver,
         backend=now.plan.backend,
         vni=now.plan.vni,
-        arrived=spoken.arrived if now.plan.port(receiver) else marker in inside,
+        arrived=arrived,
         datagrams=marker in inside,
         trouble=spoken.trouble,
         at_sender=_look(now, captured[sender.host], marker, sender, receiver),

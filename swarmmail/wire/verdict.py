@@ -25,6 +25,7 @@ UNKNOWN: Outcome = "unknown"
 LEAST = 3
 """Encrypted packets each way that a conversation of a dozen lines has at least."""
 MEND = "fab bootstrap"
+AGAIN = "fab verify again"
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Evidence:
     receiver: End
     backend: Backend
     vni: int
-    arrived: bool
-    """The marker was seen inside the receiving task, or its server answered to it."""
+    arrived: bool | None
+    """The marker was seen inside the receiving task, or its server answered to it. None: that was not measured."""
     datagrams: bool = False
     """Single datagrams arrived, whatever became of the conversation."""
     trouble: str = ""
@@ -114,12 +115,15 @@ def judge(e: Evidence) -> Verdict:
     """Put the evidence together. The first cause is the one that explains most; a black hole is named as one in any
     case, after what explains it."""
     causes = [*_seen(e), *_in_force(e), *_measured(e)]
-    if not e.arrived:
+    if e.arrived is False:
         words = f" ({e.trouble})" if e.trouble else ""
         text = f"nothing passes from {e.sender.host} to {e.receiver.host}{words}"
         if e.datagrams:
             text = f"{e.receiver.service} on {e.receiver.host} does not answer to {e.sender.host}{words}"
         causes.append(Cause("black-hole", BROKEN, text))
+    if e.arrived is None and not any(cause.outcome == UNKNOWN for cause in causes):
+        text = f"whether anything passes from {e.sender.host} to {e.receiver.host} was not measured"
+        causes.append(Cause("not-measured", UNKNOWN, text, AGAIN))
     causes.sort(key=lambda cause: cause.outcome != BROKEN)
     outcome = causes[0].outcome if causes else PROVEN
     pair = f"{e.sender.service}@{e.sender.host} -> {e.receiver.service}@{e.receiver.host}"
@@ -221,22 +225,21 @@ def _esp(e: Evidence, here: End, there: End, state: State) -> Iterator[Cause]:
 
 def _measured(e: Evidence) -> Iterator[Cause]:
     """Whether the measurement itself can be believed."""
-    again = "fab verify again"
     for text in e.failed:
-        yield Cause("not-measured", UNKNOWN, text, again)
+        yield Cause("not-measured", UNKNOWN, text, AGAIN)
     for host, seen in _sides(e):
         state = e.states.get(host)
         if seen is None:
             why = state.ready if state is not None else "the host does not answer"
-            yield Cause("no-capture", UNKNOWN, f"no capture at {host}: {why or 'tcpdump did not start'}", again)
+            yield Cause("no-capture", UNKNOWN, f"no capture at {host}: {why or 'tcpdump did not start'}", AGAIN)
         elif seen.truncated:
-            yield Cause("capture-cut", UNKNOWN, f"the capture at {host} is cut off", again)
+            yield Cause("capture-cut", UNKNOWN, f"the capture at {host} is cut off", AGAIN)
         elif not seen.control and not (e.same_host and e.alone):
             yield Cause(
                 "no-control",
                 UNKNOWN,
                 f"the control, a marker in clear, was not found in the capture at {host} ({seen.packets} packets)",
-                again,
+                AGAIN,
             )
         elif not e.same_host and e.arrived and e.backend != "none" and min(seen.out.packets, seen.back.packets) < LEAST:
             yield Cause(
@@ -244,12 +247,12 @@ def _measured(e: Evidence) -> Iterator[Cause]:
                 UNKNOWN,
                 f"the marker arrived, but {host} saw only {seen.out.packets} encrypted packets go and "
                 f"{seen.back.packets} come: it went another way",
-                again,
+                AGAIN,
             )
     if e.dropped:
-        yield Cause("capture-dropped", UNKNOWN, f"{e.dropped} packets were not captured", again)
+        yield Cause("capture-dropped", UNKNOWN, f"{e.dropped} packets were not captured", AGAIN)
     if not e.same_host and e.arrived and not e.forgeries:
-        yield Cause("no-forgery", UNKNOWN, "no forged packet was tried", again)
+        yield Cause("no-forgery", UNKNOWN, "no forged packet was tried", AGAIN)
     if e.letter and not e.letter.startswith("2"):
         yield Cause("large-mail", BROKEN, f"a message of 10 MB was not taken by {e.receiver.host}: {e.letter}")
 

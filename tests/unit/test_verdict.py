@@ -129,6 +129,15 @@ def test_without_a_working_measurement_it_is_unknown(name: str) -> None:
     assert [cause.name for cause in found.causes] == [name]
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({}, "not-measured"), ({"failed": ("host1: no agent",)}, "not-measured"), ({"at_receiver": None}, "no-capture")],
+)
+def test_an_arrival_that_was_not_measured_is_no_black_hole(changes: dict[str, Any], name: str) -> None:
+    found = verdict.judge(replace(GOOD, arrived=None, **changes))
+    assert (found.outcome, [cause.name for cause in found.causes]) == ("unknown", [name])
+
+
 def test_a_silenced_capture_proves_nothing() -> None:
     silent = replace(SEEN, packets=0, control=0, out=Count(0, 0), back=Count(0, 0))
     assert verdict.judge(replace(GOOD, at_sender=silent, at_receiver=silent)).outcome == "unknown"
