@@ -317,8 +317,7 @@ def _transfer(all_: _Round, m: Measured, v6: bool) -> None:
     mtu = m.design.underlay_mtu if m.design is not None else net.underlay_mtu(m.awake, m.inventory)
     keys: dict[str, str] = {}
     if m.encryption == "wireguard":
-        port = m.inventory.network.tunnel_port
-        made = all_.ask_tunnel(lambda name: {"do": "wireguard", "port": 0 if m.inventory.hosts[name].nat else port})
+        made = all_.ask_tunnel(lambda name: {"do": "wireguard", "port": m.inventory.tunnel_port(name)})
         keys = {name: answer["key"] for name, answer in made.items()}
         mtu -= net.WIREGUARD_OVERHEAD
     else:
@@ -330,9 +329,7 @@ def _transfer(all_: _Round, m: Measured, v6: bool) -> None:
             {
                 "key": keys.get(other, ""),
                 "inner": inner[other],
-                "endpoint": ""
-                if m.inventory.hosts[other].nat
-                else f"{m.address(other)}:{m.inventory.network.tunnel_port}",
+                "endpoint": f"{m.address(other)}:{port}" if (port := m.inventory.tunnel_port(other)) else "",
                 "keepalive": m.inventory.hosts[name].nat or m.inventory.hosts[other].nat,
             }
             for other in made
@@ -392,10 +389,9 @@ def _no_tunnel(m: Measured, names: list[str], v6: bool) -> str:
     if m.encryption != "wireguard" and v6:
         return "VXLAN over IPv6 is not tried"
     if m.encryption == "wireguard":
-        port = m.inventory.network.tunnel_port
         for name in names:
-            probe = m.probes[name]
-            if not m.inventory.hosts[name].nat and any(s.proto == "udp" and s.port == port for s in probe.sockets):
+            probe, port = m.probes[name], m.inventory.tunnel_port(name)
+            if port and any(s.proto == "udp" and s.port == port for s in probe.sockets):
                 return f"UDP {port} of {name} is in use, by the running tunnel"
             if "wg" not in probe.programs:
                 return f"no wireguard-tools on {name} yet"

@@ -381,7 +381,7 @@ def _lacks_of_esp(facts: HostFacts, design: Design) -> str:
 def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:
     if design.mesh is None:
         return []
-    reasons = []
+    reasons, port = [], design.inventory.tunnel_port(name)
     if set(design.keys) != set(design.inventory.hosts):
         reasons.append("keys and addresses" if not facts.mesh.config else "a peer is new")
     elif facts.mesh.config != design.mesh_config(name, design.keys):
@@ -389,7 +389,7 @@ def _mesh(name: str, facts: HostFacts, design: Design) -> list[Step]:
     elif facts.mesh.address and (
         facts.mesh.peers != {k for n, k in design.keys.items() if n != name}
         or facts.mesh.address != str(design.mesh.addresses[name])
-        or (facts.mesh.port not in (0, design.mesh.port) and not design.inventory.hosts[name].nat)
+        or (0 not in (port, facts.mesh.port) and port != facts.mesh.port)
         or facts.mtus.get(MESH, design.mesh.mtu) != design.mesh.mtu
     ):
         reasons.append("peers, address, port or MTU of the running tunnel")

@@ -888,8 +888,8 @@ def _ports(m: Measured, name: str, probe: Probe) -> Findings:
     """Ports that we need and a foreign program has."""
     docker = ("dockerd", "docker-proxy", "")  # a socket of the kernel has no process: VXLAN, WireGuard
     needed = [("tcp", CONTROL_PORT), ("tcp", GOSSIP_PORT), ("udp", GOSSIP_PORT), ("udp", DATA_PORT)]
-    if m.encryption == "wireguard" and not m.inventory.hosts[name].nat:
-        needed.append(("udp", m.inventory.network.tunnel_port))
+    if m.encryption == "wireguard" and (tunnel := m.inventory.tunnel_port(name)):
+        needed.append(("udp", tunnel))
     busy = []
     for proto, port in needed:
         for socket in probe.sockets:

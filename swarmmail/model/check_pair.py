@@ -73,7 +73,7 @@ def tcp_ports(m: Measured) -> list[int]:
 
 def udp_ports(m: Measured, a: str, b: str) -> list[int]:
     if m.encryption == "wireguard":
-        return [] if m.inventory.hosts[b].nat else [m.inventory.network.tunnel_port]
+        return [port] if (port := m.inventory.tunnel_port(b)) else []
     return [DATA_PORT] if hears(m, b, a) else [GOSSIP_PORT, DATA_PORT]
 
 

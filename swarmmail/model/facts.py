@@ -130,6 +130,7 @@ def parse(name: str, text: str) -> HostFacts:
 
     clock = _number(first("clock"))
     peers = {words[0]: _number(words[1]) for line in lines("mesh-peers") if len(words := line.split()) == 2}
+    units = _units(sections.get("units", ""))
     overlays = [p for line in lines("overlays") if len(p := line.split()) > 1 and p[1].isdecimal()]
     release = _shell_values(sections.get("os", ""))
     links = [link for link in printed.json_objects(sections.get("addresses", "")) if "ifname" in link]
@@ -159,16 +160,13 @@ def parse(name: str, text: str) -> HostFacts:
             public_key=first("mesh-key"),
             peers=frozenset(peers),
             heard={key: max(0.0, clock - stamp) for key, stamp in peers.items() if stamp},
-            age=_age(sections, f"wg-quick@{MESH}"),
+            age=_age(units.get(f"wg-quick@{MESH}", {}), _number(first("uptime"))),
             port=int(_number(first("mesh-port"))),
             address=next(iter(addresses.get(MESH, ())), ""),
             guarded=first("guard") == "yes",
             files={words[1]: words[0] for line in lines("files") if len(words := line.split(None, 1)) == 2},
         ),
-        units={
-            unit: (values["ActiveState"], values.get("UnitFileState", ""))
-            for unit, values in _units(sections.get("units", "")).items()
-        },
+        units={unit: (values["ActiveState"], values.get("UnitFileState", "")) for unit, values in units.items()},
         overlays={p[0]: int(p[1]) for p in overlays},
         overlay_peers={p[0]: frozenset(p[2:]) for p in overlays if p[2:]},
         esp_peers=esp.peers(lines("esp-peers")) if first("esp-peers") == "read" else None,
@@ -269,12 +267,11 @@ def _units(text: str) -> dict[str, dict[str, str]]:
     return units
 
 
-def _age(sections: Mapping[str, str], unit: str) -> float:
+def _age(unit: Mapping[str, str], uptime: float) -> float:
     """Seconds for which a unit has been active; 0 when it is not (org.freedesktop.systemd1(5): microseconds, monotonic
     as ``/proc/uptime`` is)."""
-    values = _units(sections.get("units", "")).get(unit, {})
-    since, up = _number(values.get("ActiveEnterTimestampMonotonic", "")), _number(sections.get("uptime", "").strip())
-    return max(0.0, up - since / 1e6) if since and up and values["ActiveState"] == "active" else 0.0
+    since = _number(unit.get("ActiveEnterTimestampMonotonic", ""))
+    return max(0.0, uptime - since / 1e6) if since and uptime and unit["ActiveState"] == "active" else 0.0
 
 
 def _ports(lines: list[str]) -> list[int]:

@@ -149,6 +149,10 @@ class Inventory(Section):
         """The first manager of the file: the Swarm is made there."""
         return self.managers[0]
 
+    def tunnel_port(self, host: str) -> int:
+        """UDP port at which others call a host's tunnel; 0 behind NAT, where nobody can: it calls, from any port."""
+        return 0 if self.hosts[host].nat else self.network.tunnel_port
+
     def notes(self) -> list[str]:
         """What is allowed, but should be known."""
         notes = []

@@ -27,10 +27,9 @@ Reject-After-Time). While packets pass, keepalives for one, the next handshake i
 
 @dataclass(frozen=True)
 class Mesh:
-    """Subnet, port and MTU of the tunnel, and each host's address in it. ``port``: not of a host behind NAT."""
+    """Subnet and MTU of the tunnel, and each host's address in it."""
 
     subnet: IPv4Network
-    port: int
     mtu: int
     addresses: Mapping[str, IPv4Address]
 
@@ -93,7 +92,7 @@ def design(
             if address is None:
                 raise Refused(f"subnet {subnet} has no address left", host=name, step="mesh")
             addresses[name] = address
-    return Mesh(subnet, inventory.network.tunnel_port, underlay_mtu - WIREGUARD_OVERHEAD, addresses)
+    return Mesh(subnet, underlay_mtu - WIREGUARD_OVERHEAD, addresses)
 
 
 def _keys_differ(hosts: Mapping[str, HostFacts]) -> None:
@@ -123,12 +122,12 @@ def render(inventory: Inventory, mesh: Mesh, name: str, keys: Mapping[str, str])
     A host behind NAT has no port of its own: nobody can call it there, and with a new one each time its tunnel starts
     or is changed it gets a new mapping in its router, whatever became of the old one.
     """
-    me = inventory.hosts[name]
+    me, port = inventory.hosts[name], inventory.tunnel_port(name)
     lines = [
         "# Written by swarmmail bootstrap. The private key is in its own file.",
         "[Interface]",
         f"Address = {mesh.addresses[name]}/{mesh.subnet.prefixlen}",
-        *([] if me.nat else [f"ListenPort = {mesh.port}"]),
+        *([f"ListenPort = {port}"] if port else []),
         f"MTU = {mesh.mtu}",
         f"PostUp = wg set %i private-key {KEY_FILE}",
     ]
@@ -142,9 +141,9 @@ def render(inventory: Inventory, mesh: Mesh, name: str, keys: Mapping[str, str])
             f"PublicKey = {keys[peer]}",
             f"AllowedIPs = {mesh.addresses[peer]}/32",
         ]
-        if not spec.nat:
+        if there := inventory.tunnel_port(peer):
             host = f"[{spec.advertise}]" if ":" in spec.advertise else spec.advertise
-            lines.append(f"Endpoint = {host}:{mesh.port}")
+            lines.append(f"Endpoint = {host}:{there}")
         if me.nat or spec.nat:
             lines.append(f"PersistentKeepalive = {KEEPALIVE}")
     return "\n".join(lines)

@@ -295,7 +295,7 @@ class World:
                 raise Failed(f"{step.host} lacks the programs of the tunnel")
             peers = frozenset(other.key for name, other in self.machines.items() if name != step.host)
             machine.link, machine.units = (interface, peers, mesh.mtu), dict(UNITS)
-            machine.port = 40000 + len(machine.heard) if self.inventory.hosts[step.host].nat else mesh.port
+            machine.port = self.inventory.tunnel_port(step.host) or 40000
             machine.heard = {}  # from another port somebody answers
 
         yield from (make_keys, write, activate)

@@ -200,7 +200,7 @@ def test_every_pair_can_meet(count: int, behind: int | None, port: int, mtu: int
 # ---- what is put on a host ----
 
 
-MESH = model.Mesh(FREE, 51820, 1420, {"host1": IPv4Address("10.90.0.1")})
+MESH = model.Mesh(FREE, 1420, {"host1": IPv4Address("10.90.0.1")})
 
 
 class Host:
@@ -221,7 +221,7 @@ def test_the_files_are_whole_and_no_two_subnets_share_a_guard() -> None:
     guard = files[work.GUARD]
     assert "10.90.0.0/24" in guard
     assert 'iifname != "swarmmail" udp dport 4789' in guard
-    other = model.Mesh(IPv4Network("10.91.0.0/24"), 51820, 1420, {})
+    other = model.Mesh(IPv4Network("10.91.0.0/24"), 1420, {})
     assert work.digests(MESH)[work.GUARD] != work.digests(other)[work.GUARD]
     assert set(work.digests(MESH)) == set(files)
 
